@@ -18,6 +18,8 @@
              printf("\n  expected \"%s\", got \"%s\"", dsa_status_text(is_want), dsa_status_text(is_got)); \
              FAILm(#CALL); } } while (0)
 #define OK(CALL) IS(DSA_OK, CALL)
+/* One case of a parametrised test, reported as TEST_NAME. */
+#define CASE(NAME, TEST_, ...) do { greatest_set_test_suffix(NAME); RUN_TESTp(TEST_, __VA_ARGS__); } while (0)
 /* |error| <= bound, and the figure is printed if not. */
 #define WITHIN(BOUND, ERROR) ASSERT_IN_RANGE(0, ERROR, BOUND)
 

@@ -832,13 +832,6 @@ TEST latent_and_keys_may_be_written_apart(void)
     END(b);
 }
 
-static void suffix2(const char *a, const char *b2)
-{
-    char s[64];
-    snprintf(s, sizeof s, "%s_%s", a, b2);
-    greatest_set_test_suffix(s);
-}
-
 SUITE(cache_suite)
 {
     static const char *const names[4] = { "f32", "bf16", "fp8", "int8" };
@@ -858,29 +851,24 @@ SUITE(cache_suite)
     RUN_TEST(devices);
     for (int32_t page = 0; page <= 7; page += 7) {
         const char *p = page ? "paged" : "contiguous";
-        greatest_set_test_suffix(p);
-        RUN_TESTp(f32_rows_come_back_exactly, page);
-        greatest_set_test_suffix(p);
-        RUN_TESTp(bf16_rows_are_rounded_to_nearest_even, page);
-        greatest_set_test_suffix(p);
-        RUN_TESTp(fp8_latent_bytes_are_flashmlas, page);
+        CASE(p, f32_rows_come_back_exactly, page);
+        CASE(p, bf16_rows_are_rounded_to_nearest_even, page);
+        CASE(p, fp8_latent_bytes_are_flashmlas, page);
     }
     RUN_TEST(fp8_latents_with_any_scale_are_read);
     for (int f = 2; f < 4; f++) {
-        greatest_set_test_suffix(names[f]);
-        RUN_TESTp(planar_page_bytes, formats[f]);
-        greatest_set_test_suffix(names[f]);
-        RUN_TESTp(scales_may_live_elsewhere, formats[f]);
+        CASE(names[f], planar_page_bytes, formats[f]);
+        CASE(names[f], scales_may_live_elsewhere, formats[f]);
     }
     RUN_TEST(hadamard_is_automatic_per_format);
     RUN_TEST(hadamard_needs_a_power_of_two);
     RUN_TEST(rotated_keys_are_stored_rotated);
     for (int kind = 0; kind < 2; kind++)
         for (int f = 0; f < 3 + kind; f++) {
-            suffix2(kind ? "index" : "latent", names[f]);
-            RUN_TESTp(a_shuffled_block_table_equals_contiguous, (dsa_kind)kind, formats[f]);
-            suffix2(kind ? "index" : "latent", names[f]);
-            RUN_TESTp(unaligned_memory_works, (dsa_kind)kind, formats[f]);
+            char name[64];
+            snprintf(name, sizeof name, "%s_%s", kind ? "index" : "latent", names[f]);
+            CASE(name, a_shuffled_block_table_equals_contiguous, (dsa_kind)kind, formats[f]);
+            CASE(name, unaligned_memory_works, (dsa_kind)kind, formats[f]);
         }
     RUN_TEST(a_wide_page_stride_leaves_the_gap_alone);
     RUN_TEST(rows_beyond_four_gigabytes);

@@ -1,0 +1,225 @@
+#!/bin/sh
+# make check: what `make test` leaves out because it needs more than a C compiler or more time. Works in build/check.
+# Each step prints one line; a step whose tool is missing is named as skipped. Ends with `N passed, N failed`.
+#
+# Settings: CC, FUZZ_SECONDS (20, per target). Two lanes of steps run side by side, for two cores.
+cd "$(dirname "$0")/.." || exit 1
+CC=${CC:-cc}
+FUZZ_SECONDS=${FUZZ_SECONDS:-20}
+STRICT='-Wall -Wextra -pedantic -Wconversion -Werror'
+OUT=build/check
+rm -rf $OUT
+mkdir -p $OUT
+: > $OUT/results
+
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# step NAME COMMAND...: runs it with its output in a log, which is shown only if it fails.
+step() {
+    name=$1
+    shift
+    log=$OUT/$(echo "$name" | tr -c 'a-zA-Z0-9\n' _).log
+    start=$(date +%s)
+    if "$@" >"$log" 2>&1; then
+        echo "ok    $name ($(($(date +%s) - start)) s)"
+        echo passed >> $OUT/results
+    else
+        echo "FAIL  $name, the end of $log:"
+        tail -n 25 "$log" | sed 's/^/      /'
+        echo failed >> $OUT/results
+    fi
+}
+
+# needs TOOL NAME: names a step that cannot run here.
+needs() {
+    have "$1" && return 0
+    echo "skip  $2: $1 is missing"
+    return 1
+}
+
+# ---- compile and link ----------------------------------------------------------------------------
+
+# The implementation on its own, warnings as errors. -O2, since some warnings need the optimiser's view.
+matrix() {
+    cc=$1
+    language=$2
+    std=$3
+    $cc -x "$language" -std="$std" -O2 $STRICT -c tests/compile/implementation.c -o $OUT/matrix_"$cc"_"$std".o &&
+    $cc -x "$language" -std="$std" -O2 $STRICT -c tests/compile/declarations.c -o $OUT/uses_"$cc"_"$std".o &&
+    $cc $OUT/matrix_"$cc"_"$std".o $OUT/uses_"$cc"_"$std".o -lm -pthread -o $OUT/linked_"$cc"_"$std" &&
+    $OUT/linked_"$cc"_"$std"
+}
+
+# One option macro at a time, or the flags of another target.
+option() {
+    object=$OUT/option_$(echo "$*" | tr -c 'a-zA-Z0-9\n' _).o
+    $CC -std=c99 -O1 $STRICT "$@" -c tests/compile/implementation.c -o "$object"
+}
+
+two_static_copies() {
+    $CC -std=c99 -O1 $STRICT tests/compile/static_main.c tests/compile/static_other.c -lm -pthread -o $OUT/two_static && $OUT/two_static
+}
+
+# C calls a library built as C++, and C++ one built as C.
+across_languages() {
+    $CC -std=c99 -O1 -c tests/compile/declarations.c -o $OUT/across_c.o &&
+    $CC -std=c99 -O1 -c tests/compile/implementation.c -o $OUT/across_impl_c.o &&
+    c++ -x c++ -O1 -c tests/compile/declarations.c -o $OUT/across_cxx.o &&
+    c++ -x c++ -O1 -c tests/compile/implementation.c -o $OUT/across_impl_cxx.o &&
+    c++ $OUT/across_c.o $OUT/across_impl_cxx.o -lm -pthread -o $OUT/across_1 && $OUT/across_1 &&
+    c++ $OUT/across_cxx.o $OUT/across_impl_c.o -lm -pthread -o $OUT/across_2 && $OUT/across_2
+}
+
+# A library may not print, exit, or keep state: it defines dsa_ functions only, and calls nothing but this list.
+symbols() {
+    allowed='mem(cpy|set|move|cmp)|strlen|malloc|free|__stack_chk_fail|_GLOBAL_OFFSET_TABLE_'
+    allowed="$allowed|v?snprintf|__v?snprintf_chk|__mem(cpy|set|move)_chk|pthread_[a-z_]+"
+    allowed="$allowed|(exp|exp2|log|log2|sqrt|pow|sin|cos|sincos|ceil|floor|fabs|fma|ldexp|frexp|rint|nearbyint|lrint|isnan)f?"
+    $CC -std=c99 -O2 -c tests/compile/implementation.c -o $OUT/symbols.o || return 1
+    if nm -g --defined-only $OUT/symbols.o | awk '{ print $3 }' | grep -vE '^dsa_[a-z]'; then
+        echo 'defined above, but not a public dsa_ function'
+        return 1
+    fi
+    if nm -u $OUT/symbols.o | awk '{ print $2 }' | grep -vxE "$allowed"; then
+        echo 'called above, but not on the list'
+        return 1
+    fi
+    if nm $OUT/symbols.o | grep -E ' [BbDCc] '; then
+        echo 'writable data above: global state'
+        return 1
+    fi
+}
+
+without_symbols() {
+    $CC -std=c99 -O2 "$1" -c tests/compile/implementation.c -o $OUT/without.o || return 1
+    ! nm -u $OUT/without.o | grep -E "$2"
+}
+
+# Builds the whole test program as $1 with the rest as compiler and flags.
+build_tests() {
+    program=$1
+    shift
+    "$@" -std=c99 -Wall -Wextra tests/impl.c tests/main.c tests/test_*.c -lm -pthread -o "$program"
+}
+
+# ---- sanitizers, other machines, fuzzing ---------------------------------------------------------
+
+sanitized() {
+    build_tests $OUT/test_asan $CC -g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined,float-cast-overflow \
+        -fno-sanitize-recover=all && $OUT/test_asan
+}
+
+threads_sanitized() {
+    build_tests $OUT/test_tsan $CC -g -O1 -fsanitize=thread && TSAN_OPTIONS=halt_on_error=1 $OUT/test_tsan -s threads
+}
+
+# A 32-bit size_t finds sizes kept in too narrow or too wide a type.
+on_32_bits() {
+    build_tests $OUT/test_32 "$@" -O2 -static && $OUT/test_32
+}
+
+on_aarch64() {
+    build_tests $OUT/test_arm64 aarch64-linux-gnu-gcc -O2 -static && qemu-aarch64 $OUT/test_arm64
+}
+
+fuzzed() {
+    target=$1
+    corpus=$2
+    mkdir -p $OUT/corpus_"$target"
+    clang -g -O1 -DFUZZ_LIBFUZZER -fsanitize=fuzzer,address,undefined,float-cast-overflow -fno-sanitize-recover=all \
+        tests/"$target".c -lm -pthread -o $OUT/"$target" &&
+    $OUT/"$target" -max_total_time="$FUZZ_SECONDS" -timeout=20 -artifact_prefix=$OUT/ $OUT/corpus_"$target" "$corpus"
+}
+
+# Without libFuzzer: the same targets on the corpus and on pseudo-random inputs.
+fuzzed_plainly() {
+    $CC -std=c99 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all tests/"$1".c -lm -pthread -o $OUT/"$1"_plain &&
+    $OUT/"$1"_plain -n 20000 "$2"/*
+}
+
+# ---- what users run ------------------------------------------------------------------------------
+
+# The very line that the head comment gives, in a folder that looks like the repository's root.
+example() {
+    mkdir -p $OUT/root && ln -sfn "$PWD/examples" $OUT/root/examples && ln -sfn "$PWD/dsa.h" $OUT/root/dsa.h &&
+    line=$(sed -n 's/^ *\(cc -O2 .*\)$/\1/p' examples/"$1".c | head -n 1) && [ -n "$line" ] &&
+    (cd $OUT/root && sh -c "$line") && [ "$(wc -l < examples/"$1".c)" -lt 150 ]
+}
+
+conformance() {
+    "$@" tests/vectors/*.safetensors && "$@" --model examples/tiny-dsa examples/tiny-dsa/reference.safetensors
+}
+
+with_blis() {
+    $CC -std=c99 -O2 $STRICT -DDSA_BLIS tools/conformance.c -lblis -lm -pthread -o $OUT/conformance_blis &&
+    conformance $OUT/conformance_blis
+}
+
+sections() {
+    python3 tools/sections.py dsa.h --split $OUT/split && $CC -std=c99 -O1 $STRICT -c $OUT/split/dsa.c -o $OUT/split/dsa.o
+}
+
+# ---- the steps, in two lanes ---------------------------------------------------------------------
+
+lane_1() {
+    for cc in gcc clang; do
+        needs $cc "compile matrix, $cc" || continue
+        for std in c99 c11 c17; do step "$cc -std=$std" matrix $cc c $std; done
+    done
+    for cc in g++ clang++; do
+        needs $cc "compile matrix, $cc" && step "$cc -std=c++17" matrix $cc c++ c++17
+    done
+    for macro in $(grep -oE '\bDSA_NO_[A-Z]+\b' dsa.h | sort -u) DSA_STATIC; do step "-D$macro" option -D"$macro"; done
+    step '-DDSA_ASSERT=assert' option -include assert.h -DDSA_ASSERT=assert
+    step '-O0' option -O0
+    step '-O3 -march=native' option -O3 -march=native
+    step 'two DSA_STATIC copies' two_static_copies
+    needs c++ 'C and C++ linked' && step 'C and C++ linked' across_languages
+    needs nm 'exported symbols' && {
+        step 'exported symbols' symbols
+        step 'DSA_NO_MALLOC calls no malloc' without_symbols -DDSA_NO_MALLOC 'malloc|calloc|realloc|free'
+        step 'DSA_NO_THREADS calls no pthread' without_symbols -DDSA_NO_THREADS pthread
+    }
+    needs python3 'sections of dsa.h' && step 'sections of dsa.h' sections
+    for source in examples/[0-9]*.c; do
+        step "example $(basename "$source" .c)" example "$(basename "$source" .c)"
+    done
+    step 'conformance' conformance build/conformance
+    if [ -e /usr/include/blis.h ] || [ -e "/usr/include/$(uname -m)-linux-gnu/blis.h" ]; then
+        step 'conformance with BLIS' with_blis
+    else
+        echo 'skip  conformance with BLIS: blis.h is missing'
+    fi
+    if have clang && echo 'int LLVMFuzzerTestOneInput(void); int LLVMFuzzerTestOneInput(void) { return 0; }' |
+            clang -x c -fsanitize=fuzzer - -o $OUT/probe 2>/dev/null; then
+        step 'fuzz the loader' fuzzed fuzz_loader tests/corpus/loader
+        step 'fuzz the calls' fuzzed fuzz_calls tests/corpus/calls
+    else
+        echo 'skip  libFuzzer: clang or its runtime is missing; the targets run as plain programs'
+        step 'fuzz the loader, plainly' fuzzed_plainly fuzz_loader tests/corpus/loader
+        step 'fuzz the calls, plainly' fuzzed_plainly fuzz_calls tests/corpus/calls
+    fi
+}
+
+lane_2() {
+    step 'tests under ASan and UBSan' sanitized
+    step 'threads under TSan' threads_sanitized
+    needs aarch64-linux-gnu-gcc 'tests on AArch64' && needs qemu-aarch64 'tests on AArch64' &&
+        step 'tests on AArch64 under qemu' on_aarch64
+    if have i686-linux-gnu-gcc; then
+        step 'tests on 32 bits' on_32_bits i686-linux-gnu-gcc
+    elif echo 'int main(void) { return 0; }' | $CC -m32 -x c - -o $OUT/probe_32 2>/dev/null; then
+        step 'tests on 32 bits' on_32_bits $CC -m32
+    else
+        echo 'skip  tests on 32 bits: i686-linux-gnu-gcc or cc -m32 is missing'
+    fi
+}
+
+lane_1 &
+lane_2
+wait
+
+passed=$(grep -c passed $OUT/results)
+failed=$(grep -c failed $OUT/results)
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]

@@ -393,7 +393,7 @@ TEST hadamard_keeps_f32_scores(dsa_isa isa)
 
 TEST hadamard_wants_a_power_of_two(dsa_type format, dsa_hadamard hadamard)
 {
-    shape s = { DSA_ISA_AUTO, format, DSA_HADAMARD_OFF, 3, 96, 0 };
+    shape s = { DSA_ISA_AUTO, format, DSA_HADAMARD_AUTO, 3, 96, 0 };
     dsa_ctx ctx = context(&s, 1, NULL, NULL);
     dsa_cache_desc desc;
     dsa_cache cache, before;
@@ -872,7 +872,7 @@ TEST hostile_keys_are_exact(dsa_isa isa, hostile kind)
     float *first = brute_alloc(sizeof *first * LEN);
     for (int i = 0; i < LEN; i++) {
         first[i] = kind == ALL_EQUAL ? 1.5f : kind == ALL_ZERO ? 0 : kind == RISING ? (float)i : kind == FALLING ? (float)(LEN - i)
-                 : kind == ONE_OUTLIER ? (i == 777777 ? 1e30f : 1e-10f * (float)(i % 1000)) : (float)(i * 7919 % 3);
+                 : kind == ONE_OUTLIER ? (i == 777777 ? 1e30f : 1e-10f * (float)(i % 1000)) : (float)(i % 5 % 3);
         g.keys[0][i * D] = first[i];
     }
     g.q[0] = 1;
@@ -974,5 +974,7 @@ SUITE(score_suite)
     }
     CASE("fp8_auto");
     RUN_TESTp(hadamard_wants_a_power_of_two, DSA_FP8, DSA_HADAMARD_AUTO);
+    CASE("int8_auto");
+    RUN_TESTp(hadamard_wants_a_power_of_two, DSA_INT8, DSA_HADAMARD_AUTO);
 #undef CASE
 }

@@ -261,6 +261,26 @@ TEST scores_match_double(shape s)
     return ended;
 }
 
+/* Fewer columns than keys: the rest of the scores goes nowhere, not even into the gap behind the columns. */
+TEST columns_bound_what_is_written(shape s)
+{
+    enum { COLS = 30, STRIDE = 50 };
+    world g = world_new(s, 20, RAGGED, ragged_len, ragged_n_q);
+    dsa_ctx ctx = context(&s, 1, NULL, NULL);
+    dsa_status status = world_fill(&g, 0xFF);
+    float scores[RAGGED_ROWS * STRIDE];
+    int gap = 1;
+    for (int i = 0; i < RAGGED_ROWS * STRIDE; i++) scores[i] = 12345;
+    if (status == DSA_OK) status = run_score(&ctx, args_of(&g), scores, COLS, STRIDE);
+    enum greatest_test_res ended = GREATEST_TEST_RES_PASS;
+    if (status == DSA_OK) ended = check_scores(&g, NULL, NULL, scores, COLS, STRIDE, 0);
+    for (int t = 0; t < RAGGED_ROWS; t++) for (int c = COLS; c < STRIDE; c++) gap = gap && scores[t * STRIDE + c] == 12345;
+    world_free(&g);
+    ASSERT_EQ_FMT((int)DSA_OK, (int)status, "%d");
+    ASSERT(gap);
+    return ended;
+}
+
 /* Small integers keep every sum exact, so scores must equal the formula to the bit in whatever order they are summed,
    and the selection must equal qsort's with its many ties. */
 static void make_integers(world *g)
@@ -658,6 +678,36 @@ TEST threads_do_not_matter_in_decode(shape s)
     PASS();
 }
 
+/* With k >= length every key must come out, however the keys were shared out: lengths around blocks times threads. */
+TEST every_key_is_seen(shape s)
+{
+    static const int64_t lens[] = { 1, 7, 63, 64, 65, 127, 129, 257, 511, 513, 600, 1025 };
+    int all = 1, most_ok = 1;
+    dsa_status status = DSA_OK;
+    for (size_t i = 0; i < sizeof lens / sizeof *lens; i++) {
+        static const int32_t n_q[1] = { 1 };
+        int32_t k = (int32_t)lens[i] + 1, *got = brute_alloc((size_t)k * sizeof *got), count = 0;
+        float *best = brute_alloc((size_t)k * sizeof *best);
+        dsa_selection out = selection_of(k, DSA_ORDER_INDEX, got, best, &count);
+        world g = world_new(s, 21, 1, &lens[i], n_q);
+        if (status == DSA_OK) status = world_fill(&g, 0xFF);
+        for (int32_t n = 1; n <= 8 && status == DSA_OK; n++) {
+            int32_t most = 0;
+            dsa_ctx ctx = context(&s, n, brute_reversed, &most);
+            status = run_score_select(&ctx, args_of(&g), &out);
+            all = all && count == lens[i] && got[lens[i]] == -1;
+            for (int32_t j = 0; j < lens[i]; j++) all = all && got[j] == j;
+            most_ok = most_ok && most <= n;
+        }
+        world_free(&g);
+        free(got); free(best);
+    }
+    ASSERT_EQ_FMT((int)DSA_OK, (int)status, "%d");
+    ASSERT(all);
+    ASSERT(most_ok);
+    PASS();
+}
+
 /* What lies in rows behind len and in pages of nobody is never read: NaN there and zeros there give the same bits. */
 TEST unused_memory_does_not_matter(shape s)
 {
@@ -784,7 +834,7 @@ TEST nan_is_never_selected(shape s)
 /* A key of +inf scores +inf and comes first, or -inf under a negative weight and never comes. */
 TEST infinite_keys(dsa_isa isa)
 {
-    enum { LEN = 40, N_Q = 2, K = 10 };
+    enum { LEN = 40, N_Q = 2, K = LEN + 5 };
     shape s = { isa, DSA_F32, DSA_HADAMARD_OFF, 1, 2, 0 };
     static const int64_t len[1] = { LEN }, ks[N_Q] = { 0, 0 }, ke[N_Q] = { LEN, LEN };
     static const int32_t n_q[1] = { N_Q };
@@ -803,8 +853,13 @@ TEST infinite_keys(dsa_isa isa)
     world_free(&g);
     ASSERT_EQ_FMT((int)DSA_OK, (int)status, "%d");
     ASSERT_EQ_FMT(17, got[0], "%d");
-    for (int i = 1; i < K; i++) ASSERT_EQ_FMT(LEN - i, got[i], "%d");
-    for (int i = 0; i < K; i++) ASSERT_EQ_FMT(i, got[K + i], "%d");
+    for (int i = 1, key = LEN - 1; i < LEN; i++, key--) {
+        key -= key == 17;
+        ASSERT_EQ_FMT(key, got[i], "%d");
+    }
+    for (int i = LEN; i < K; i++) ASSERT_EQ_FMT(-1, got[i], "%d");
+    for (int i = 0; i < LEN - 1; i++) ASSERT_EQ_FMT(i < 17 ? i : i + 1, got[K + i], "%d");
+    for (int i = LEN - 1; i < K; i++) ASSERT_EQ_FMT(-1, got[K + i], "%d");
     PASS();
 }
 
@@ -963,6 +1018,10 @@ SUITE(score_suite)
             RUN_TESTp(threads_do_not_matter, s);
             CASE("%s_%s", isa, format);
             RUN_TESTp(threads_do_not_matter_in_decode, s);
+            CASE("%s_%s", isa, format);
+            RUN_TESTp(every_key_is_seen, s);
+            CASE("%s_%s", isa, format);
+            RUN_TESTp(columns_bound_what_is_written, s);
             CASE("%s_%s", isa, format);
             RUN_TESTp(unused_memory_does_not_matter, s);
             CASE("%s_%s", isa, format);

@@ -511,6 +511,8 @@ TEST merge_skips_empty_places(dsa_isa isa)
                 index[p][at] = used ? 1000 * (i * PARTS + p) + (int)brute_below(&r, 900) : -1;
                 /* an unused place may hold any score */
                 score[p][at] = used ? (float)brute_below(&r, 3) : i % 2 ? HUGE_VALF : brute_float(0x7FC00000);
+                /* and a used one a score that is never selected */
+                if (used && i == 4) score[p][at] = t % 2 ? -HUGE_VALF : brute_float(0xFFC00000);
                 if (used) { all[n].score = (double)score[p][at]; all[n++].index = index[p][at]; }
             }
         want.counts[t] = brute_pick(all, n, K, DSA_ORDER_RANK, want.indices + t * K, want.scores + t * K);

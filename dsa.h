@@ -1,4 +1,4 @@
-/* dsa.h - v0.1.0 - public domain or MIT - DeepSeek Sparse Attention in one C header (implementation section follows soon) */
+/* dsa.h - v0.1.0 - DeepSeek Sparse Attention in one C header - MIT or public domain */
 /* ============================================================================================
    >>api                                      declarations
    ============================================================================================ */
@@ -14,7 +14,9 @@
 #define DSA_VERSION_STRING "0.1.0"
 
 #ifndef DSA_API
-#  ifdef DSA_STATIC
+#  if defined(DSA_STATIC) && defined(__GNUC__)
+#    define DSA_API static __attribute__((unused))     /* nobody calls everything */
+#  elif defined(DSA_STATIC)
 #    define DSA_API static
 #  else
 #    define DSA_API extern
@@ -45,6 +47,10 @@ extern "C" {
 #define DSA__ENUM(name, text) name,
 typedef enum dsa_status { DSA_STATUS_LIST(DSA__ENUM) DSA__STATUS_COUNT } dsa_status;
 #undef DSA__ENUM
+
+/* Widths above these are refused with DSA_ERR_SHAPE. An index key must fit the scratch that append keeps on its stack. */
+#define DSA_MAX_DIM (1 << 20)
+#define DSA_MAX_DIM_INDEX 1024
 
 /* Everywhere in a struct: 0 means the default. DSA_NONE says "zero, and I mean it"
    (a latent cache without rotary dims: dim_rope = DSA_NONE). */
@@ -420,7 +426,7 @@ typedef struct dsa_step_args {
     int32_t n_seqs;
     const dsa_seq *seqs;         /* both caches; n_q queries each */
     const float *latent;         /* optional [rows, R + r]: rows to append first, with index_key; both or neither */
-    const float *index_key;      /* optional [rows, D]. When appending, seq.len is ignored: the new rows are the queries' */
+    const float *index_key;      /* optional [rows, D]. When appending, seq.len must be 0: the new rows are the queries' */
     const float *q;              /* [rows, H, R + r] */
     const float *index_q;        /* [rows, HI, D] */
     const float *index_w;        /* [rows, HI] */
@@ -470,7 +476,7 @@ typedef enum dsa_layer_mode {
 typedef struct dsa_layer_args {
     const dsa_layer_weights *weights;
     int32_t n_seqs;
-    const dsa_seq *seqs;         /* n_q new rows each, appended to both caches (index NULL in a layer without indexer); seq.len is ignored */
+    const dsa_seq *seqs;         /* n_q new rows each, appended to both caches (index NULL in a layer without indexer); seq.len must be 0 */
     const float *x;              /* [rows, hidden]  output of input_layernorm */
     float *y;                    /* [rows, hidden]  output of o_proj, before the residual; may not alias x */
     const int64_t *positions;    /* optional [rows] RoPE positions; NULL = the row number in the cache */
@@ -499,3 +505,2585 @@ DSA_API void       dsa_pool_run(void *pool, int32_t n_tasks, dsa_task task, void
 }
 #endif
 #endif /* DSA_H_INCLUDED */
+
+/* ============================================================================================
+   implementation
+   ============================================================================================
+   Outside the include guard, so that a file which has already seen the declarations can still create it.
+   A section calls only sections above it. */
+#if defined(DSA_IMPLEMENTATION) && !defined(DSA_IMPLEMENTATION_DONE)
+#define DSA_IMPLEMENTATION_DONE
+
+/* ============================================================================================
+   >>platform                                 libc, asserts, sizes, the scratch arena
+   ============================================================================================ */
+#include <float.h>
+#include <math.h>
+#include <string.h>
+#ifndef DSA_NO_MALLOC
+#  include <stdlib.h>
+#endif
+#ifndef DSA_NO_THREADS
+#  include <pthread.h>
+#endif
+#ifndef DSA_ASSERT
+#  define DSA_ASSERT(x) ((void)0)      /* internal invariants only; arguments are checked with or without it */
+#endif
+
+/* "Same inputs, same bits" needs every product rounded where the text rounds it: no a*b+c contraction behind our back. */
+#if defined(__clang__)
+#  pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#  pragma GCC push_options
+#  pragma GCC optimize ("fp-contract=off")
+#endif
+
+#if defined(__GNUC__)
+#  define DSA__RESTRICT __restrict__
+#else
+#  define DSA__RESTRICT
+#endif
+
+#define DSA__MAX_POS INT64_C(2147483647)    /* positions are int32 in index lists */
+#define DSA__LANES 8                        /* heads (or weight rows) that one kernel tile works on side by side */
+#define DSA__BLOCK 64                       /* rows per block of scoring and of the online softmax; part of the same-bits promise */
+
+static int32_t dsa__min32(int32_t a, int32_t b) { return a < b ? a : b; }
+static int64_t dsa__min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t dsa__max64(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t dsa__clamp64(int64_t x, int64_t lo, int64_t hi) { return x < lo ? lo : (x > hi ? hi : x); }
+
+static uint32_t dsa__bits(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
+static float dsa__from_bits(uint32_t b) { float x; memcpy(&x, &b, 4); return x; }
+static float dsa__infinity(void) { return dsa__from_bits(0x7F800000u); }
+static float dsa__nan(void) { return dsa__from_bits(0x7FC00000u); }
+
+/* *r = a * b, 0 if that does not fit. */
+static int dsa__mul(size_t a, size_t b, size_t *r)
+{
+    if (b != 0 && a > (size_t)-1 / b) return 0;
+    *r = a * b;
+    return 1;
+}
+
+/* A bump allocator over the caller's workspace. The same code path first runs with base = NULL to measure (that is what the
+   *_workspace calls do) and then with memory to carve, so that the two can never disagree. Each piece starts on 64 bytes. */
+typedef struct dsa__arena { unsigned char *base; size_t used; int overflow; } dsa__arena;
+
+static void *dsa__take(dsa__arena *a, int64_t n, int64_t m, size_t element)
+{
+    size_t bytes, at = a->used;
+    if (n < 0 || m < 0 || (uint64_t)n > (size_t)-1 || (uint64_t)m > (size_t)-1 ||
+        !dsa__mul((size_t)n, (size_t)m, &bytes) || !dsa__mul(bytes, element, &bytes) || bytes > (size_t)-1 - 128 - at) {
+        a->overflow = 1;
+        return NULL;
+    }
+    a->used = at + ((bytes + 63) & ~(size_t)63);
+    return a->base ? a->base + at : NULL;
+}
+
+/* Bytes to ask of the caller for what was taken: 63 more, because his memory may have any alignment. */
+static size_t dsa__arena_bytes(const dsa__arena *a) { return a->used ? a->used + 63 : 0; }
+
+static dsa__arena dsa__arena_over(void *workspace)
+{
+    dsa__arena a;
+    a.base = (unsigned char *)workspace;
+    if (a.base) a.base += (size_t)(-(uintptr_t)a.base & 63u);
+    a.used = 0;
+    a.overflow = 0;
+    return a;
+}
+
+/* Every error leaves through here: the status, and for people a sentence in the caller's buffer. */
+static dsa_status dsa__fail(const dsa_ctx *ctx, dsa_status status, const char *text)
+{
+    if (ctx && ctx->config.detail && ctx->config.detail_size) {
+        size_t n = strlen(text);
+        if (n > ctx->config.detail_size - 1) n = ctx->config.detail_size - 1;
+        memcpy(ctx->config.detail, text, n);
+        ctx->config.detail[n] = 0;
+    }
+    return status;
+}
+
+/* Runs task(arg, 0 .. n-1) through the caller's hook, or right here. */
+static void dsa__parallel(const dsa_ctx *ctx, int64_t n, dsa_task task, void *arg)
+{
+    int32_t i, n_tasks = (int32_t)dsa__min64(n, ctx->config.n_threads);
+    if (n_tasks > 1 && ctx->config.parallel_for) {
+        ctx->config.parallel_for(ctx->config.parallel_user, n_tasks, task, arg);
+        return;
+    }
+    for (i = 0; i < n_tasks; i++) task(arg, i);
+}
+
+/* ============================================================================================
+   >>numeric                                  number formats and row operations
+   ============================================================================================
+   bf16, f16, e4m3, ue8m0, int8 (spec 3.3, 3.4) and RMSNorm, LayerNorm, Hadamard, RoPE (spec 2, 2.1, 3.2). */
+
+DSA_API float dsa_bf16_to_f32(uint16_t x) { return dsa__from_bits((uint32_t)x << 16); }
+
+DSA_API uint16_t dsa_f32_to_bf16(float x)
+{
+    uint32_t b = dsa__bits(x);
+    if ((b & 0x7FFFFFFFu) > 0x7F800000u) return (uint16_t)((b >> 16) | 0x40u);   /* NaN: keep it one */
+    return (uint16_t)((b + 0x7FFFu + ((b >> 16) & 1u)) >> 16);
+}
+
+DSA_API float dsa_f16_to_f32(uint16_t x)
+{
+    uint32_t sign = (uint32_t)(x & 0x8000u) << 16, e = (x >> 10) & 31u, m = x & 0x3FFu;
+    float y;
+    if (e == 31) return dsa__from_bits(sign | 0x7F800000u | (m << 13));
+    if (e != 0) return dsa__from_bits(sign | ((e + 112u) << 23) | (m << 13));
+    y = (float)m * 5.9604644775390625e-8f;                                       /* 2^-24 */
+    return sign ? -y : y;
+}
+
+DSA_API uint16_t dsa_f32_to_f16(float x)
+{
+    uint32_t b = dsa__bits(x), sign = (b >> 16) & 0x8000u, a = b & 0x7FFFFFFFu, shift, m, r;
+    if (a > 0x7F800000u) return (uint16_t)(sign | 0x7E00u);
+    if (a >= 0x477FF000u) return (uint16_t)(sign | 0x7C00u);                     /* >= 65520 rounds to inf */
+    if (a >= 0x38800000u) {                                                      /* >= 2^-14: normal */
+        a += 0xFFFu + ((a >> 13) & 1u);
+        return (uint16_t)(sign | ((a - 0x38000000u) >> 13));
+    }
+    if (a < 0x33000000u) return (uint16_t)sign;                                  /* < 2^-25 */
+    shift = 126u - (a >> 23);                                                    /* 14 .. 24 */
+    m = (a & 0x7FFFFFu) | 0x800000u;
+    r = m >> shift;
+    m &= (1u << shift) - 1u;
+    if (m > (1u << (shift - 1)) || (m == (1u << (shift - 1)) && (r & 1u))) r++;
+    return (uint16_t)(sign | r);
+}
+
+DSA_API float dsa_e4m3_to_f32(uint8_t x)
+{
+    uint32_t sign = (uint32_t)(x & 0x80u) << 24, e = (x >> 3) & 15u, m = x & 7u;
+    float y;
+    if ((x & 0x7Fu) == 0x7Fu) return dsa__from_bits(sign | 0x7FC00000u);
+    if (e != 0) return dsa__from_bits(sign | ((e + 120u) << 23) | (m << 20));
+    y = (float)m * 0.001953125f;                                                 /* subnormals step 2^-9 */
+    return sign ? -y : y;
+}
+
+DSA_API uint8_t dsa_f32_to_e4m3(float x)
+{
+    uint32_t b = dsa__bits(x), sign = (b >> 24) & 0x80u, a = b & 0x7FFFFFFFu, r;
+    float t;
+    if (a > 0x7F800000u) return (uint8_t)(sign | 0x7Fu);
+    if (a >= 0x43E00000u) return (uint8_t)(sign | 0x7Eu);                        /* >= 448 saturates */
+    if (a >= 0x3C800000u) {                                                      /* >= 2^-6: normal */
+        a += 0x7FFFFu + ((a >> 20) & 1u);
+        r = (a - 0x3C000000u) >> 20;
+        return (uint8_t)(sign | (r > 0x7Eu ? 0x7Eu : r));
+    }
+    /* Subnormal: a whole number of 2^-9 steps. Adding 2^14 leaves steps of 2^-9 in f32, and the adder rounds to even. */
+    t = dsa__from_bits(a) + 16384.0f;
+    return (uint8_t)(sign | (dsa__bits(t) - 0x46800000u));
+}
+
+DSA_API float dsa_ue8m0_to_f32(uint8_t x)
+{
+    if (x == 255) return dsa__nan();
+    return dsa__from_bits(x == 0 ? 0x00400000u : (uint32_t)x << 23);             /* 0 is 2^-127, a subnormal f32 */
+}
+
+DSA_API float dsa_pow2_ceil(float x)
+{
+    uint32_t b = dsa__bits(x), p;
+    if (b >= 0x00800000u) return dsa__from_bits((b + 0x7FFFFFu) & 0x7F800000u);
+    for (p = 1; p < b; p <<= 1) { }                                              /* subnormal x */
+    return dsa__from_bits(p);
+}
+
+DSA_API uint8_t dsa_f32_to_ue8m0_ceil(float x)
+{
+    uint32_t b = dsa__bits(dsa_pow2_ceil(x)) >> 23;
+    if (x <= dsa__from_bits(0x00400000u)) return 0;
+    return (uint8_t)(b > 254u ? 254u : (b == 0 ? 1u : b));
+}
+
+/* Largest magnitude of a row. NaN is passed over and infinity counts as the largest finite number, so a scale is always finite. */
+static float dsa__amax(const float *x, int64_t n)
+{
+    float a = 0.0f;
+    int64_t i;
+    for (i = 0; i < n; i++) {
+        float v = x[i] < 0.0f ? -x[i] : x[i];
+        if (v > a) a = v;
+    }
+    return a > FLT_MAX ? FLT_MAX : a;
+}
+
+DSA_API float dsa_quantize_e4m3(const float *x, int32_t n, uint8_t *y)           /* spec 3.4 */
+{
+    float a = dsa__amax(x, n), s;
+    int32_t i;
+    s = dsa_pow2_ceil((a > 1e-4f ? a : 1e-4f) * (1.0f / 448.0f));
+    for (i = 0; i < n; i++) y[i] = dsa_f32_to_e4m3(x[i] / s);
+    return s;
+}
+
+DSA_API float dsa_quantize_int8(const float *x, int32_t n, int8_t *y)
+{
+    float a = dsa__amax(x, n), s = (a > 1e-4f ? a : 1e-4f) / 127.0f, v;
+    int32_t i, bad = 0;
+    for (i = 0; i < n; i++) {
+        v = x[i] / s;
+        if (v != v) { bad = 1; v = 0.0f; }
+        v = v > 127.0f ? 127.0f : (v < -127.0f ? -127.0f : v);
+        y[i] = (int8_t)rintf(v);
+    }
+    return bad ? dsa__nan() : s;      /* int8 has no NaN: the scale carries it, so that such a key is never selected */
+}
+
+/* y = x / sqrt(mean(x^2) + eps) * g */
+DSA_API dsa_status dsa_rms_norm(float *x, int64_t n_rows, int64_t stride, int32_t dim, const float *gain, float eps)
+{
+    int64_t t;
+    int32_t i;
+    if (n_rows > 0 && (!x || !gain)) return DSA_ERR_NULL;
+    if (n_rows < 0 || dim < 1 || stride < dim) return DSA_ERR_SHAPE;
+    for (t = 0; t < n_rows; t++) {
+        float *r = x + t * stride, inv;
+        double sum = 0.0;
+        for (i = 0; i < dim; i++) sum += (double)r[i] * (double)r[i];
+        inv = (float)(1.0 / sqrt(sum / dim + (double)eps));
+        for (i = 0; i < dim; i++) r[i] = r[i] * inv * gain[i];
+    }
+    return DSA_OK;
+}
+
+/* y = (x - mean) / sqrt(var + eps) * g + b, biased variance */
+DSA_API dsa_status dsa_layer_norm(float *x, int64_t n_rows, int64_t stride, int32_t dim, const float *gain, const float *bias, float eps)
+{
+    int64_t t;
+    int32_t i;
+    if (n_rows > 0 && (!x || !gain || !bias)) return DSA_ERR_NULL;
+    if (n_rows < 0 || dim < 1 || stride < dim) return DSA_ERR_SHAPE;
+    for (t = 0; t < n_rows; t++) {
+        float *r = x + t * stride;
+        double mean = 0.0, var = 0.0, inv;
+        for (i = 0; i < dim; i++) mean += r[i];
+        mean /= dim;
+        for (i = 0; i < dim; i++) { double d = r[i] - mean; var += d * d; }
+        inv = 1.0 / sqrt(var / dim + (double)eps);
+        for (i = 0; i < dim; i++) r[i] = (float)((r[i] - mean) * inv) * gain[i] + bias[i];
+    }
+    return DSA_OK;
+}
+
+static int dsa__is_pow2(int32_t n) { return n > 0 && (n & (n - 1)) == 0; }
+
+/* Butterflies at strides 1, 2, 4, ..: (a, b) -> (a + b, a - b); then times dim^-0.5 (spec 3.2). */
+static void dsa__hadamard(float *x, int32_t dim)
+{
+    float norm = (float)(1.0 / sqrt((double)dim));
+    int32_t s, i, j;
+    for (s = 1; s < dim; s *= 2)
+        for (i = 0; i < dim; i += 2 * s)
+            for (j = i; j < i + s; j++) {
+                float a = x[j], b = x[j + s];
+                x[j] = a + b;
+                x[j + s] = a - b;
+            }
+    for (i = 0; i < dim; i++) x[i] *= norm;
+}
+
+DSA_API dsa_status dsa_hadamard_rows(float *x, int64_t n_rows, int64_t stride, int32_t dim)
+{
+    int64_t t;
+    if (n_rows > 0 && !x) return DSA_ERR_NULL;
+    if (n_rows < 0 || !dsa__is_pow2(dim) || stride < dim) return DSA_ERR_SHAPE;
+    for (t = 0; t < n_rows; t++) dsa__hadamard(x + t * stride, dim);
+    return DSA_OK;
+}
+
+/* One frequency of RoPE, with YaRN's blend between base and base / factor (spec 2.1, n = width):
+   cd(r) = n ln(orig / (2 pi r)) / (2 ln theta), ramp from floor(cd(beta_fast)) to ceil(cd(beta_slow)). */
+static double dsa__rope_frequency(const dsa_rope *rope, int32_t i)
+{
+    double n = rope->width, theta = rope->theta > 0 ? rope->theta : 10000.0;
+    double base = pow(theta, -2.0 * i / n), orig, fast, slow, low, high, ramp;
+    if (rope->factor <= 1.0) return base;
+    orig = rope->original_context > 0 ? rope->original_context : 4096.0;
+    fast = rope->beta_fast > 0 ? rope->beta_fast : 32.0;
+    slow = rope->beta_slow > 0 ? rope->beta_slow : 1.0;
+    low  = floor(n * log(orig / (6.283185307179586 * fast)) / (2.0 * log(theta)));
+    high = ceil(n * log(orig / (6.283185307179586 * slow)) / (2.0 * log(theta)));
+    if (low < 0.0) low = 0.0;
+    if (high > n - 1.0) high = n - 1.0;
+    if (low == high) high += 0.001;
+    ramp = (i - low) / (high - low);
+    ramp = ramp < 0.0 ? 0.0 : (ramp > 1.0 ? 1.0 : ramp);
+    return base * (1.0 - ramp) + base / rope->factor * ramp;
+}
+
+static int dsa__rope_valid(const dsa_rope *rope)
+{
+    return rope->width >= 0 && rope->width % 2 == 0 && rope->offset >= 0 &&
+           (rope->layout == DSA_ROPE_INTERLEAVED || rope->layout == DSA_ROPE_HALF);
+}
+
+DSA_API dsa_status dsa_rope_frequencies(const dsa_rope *rope, double *f)
+{
+    int32_t i;
+    if (!rope || !f) return DSA_ERR_NULL;
+    if (!dsa__rope_valid(rope)) return DSA_ERR_SHAPE;
+    for (i = 0; i < rope->width / 2; i++) f[i] = dsa__rope_frequency(rope, i);
+    return DSA_OK;
+}
+
+/* (a, b) -> (a cos - b sin, a sin + b cos) with the angle pos * f_i, pairs laid out as rope->layout says (spec 2). */
+DSA_API dsa_status dsa_rope_rows(float *x, int64_t n_rows, int64_t row_stride, int32_t n_heads, int64_t head_stride,
+                                 int32_t dim_row, const dsa_rope *rope, const int64_t *positions, int inverse)
+{
+    int64_t t, h;
+    int32_t i;
+    if (!rope || (n_rows > 0 && n_heads > 0 && (!x || !positions))) return DSA_ERR_NULL;
+    if (n_rows < 0 || n_heads < 0 || !dsa__rope_valid(rope) || rope->offset > dim_row - rope->width) return DSA_ERR_SHAPE;
+    for (i = 0; i < rope->width / 2; i++) {
+        double f = dsa__rope_frequency(rope, i);
+        int64_t ia = rope->offset + (rope->layout == DSA_ROPE_HALF ? i : 2 * i);
+        int64_t ib = rope->layout == DSA_ROPE_HALF ? ia + rope->width / 2 : ia + 1;
+        for (t = 0; t < n_rows; t++) {
+            float c = (float)cos((double)positions[t] * f), s = (float)sin((double)positions[t] * f);
+            if (inverse) s = -s;
+            for (h = 0; h < n_heads; h++) {
+                float *r = x + t * row_stride + h * head_stride, a = r[ia], b = r[ib];
+                r[ia] = a * c - b * s;
+                r[ib] = a * s + b * c;
+            }
+        }
+    }
+    return DSA_OK;
+}
+
+/* ============================================================================================
+   >>ref                                      the algorithm in plain C: lesson, oracle and fallback
+   ============================================================================================
+   Four kernels over small f32 tiles do all the arithmetic of the library; every other section only brings rows to them and
+   puts results away. A vector ISA replaces them one by one. Their loops run over DSA__LANES heads side by side (innermost, so
+   that any compiler can use its vectors) while each sum still adds its terms one after the other in f32, d = 0, 1, 2, ..: the
+   tile shape never changes a bit. */
+
+/* c[j][h] = Sum_d a[j][d] bt[d][h]          n rows a (stride lda), bt [dim, DSA__LANES], c [n, DSA__LANES] */
+static void dsa__ref_dots(int32_t n, int32_t dim, const float *a, int64_t lda, const float *bt, float *c)
+{
+    int32_t j, d, h, i;
+    for (j = 0; j + 4 <= n; j += 4) {                    /* four rows share each load of bt */
+        const float *a0 = a + j * lda, *a1 = a0 + lda, *a2 = a1 + lda, *a3 = a2 + lda;
+        float s0[DSA__LANES] = {0}, s1[DSA__LANES] = {0}, s2[DSA__LANES] = {0}, s3[DSA__LANES] = {0};
+        for (d = 0; d < dim; d++) {
+            const float *b = bt + (int64_t)d * DSA__LANES;
+            for (h = 0; h < DSA__LANES; h++) s0[h] += a0[d] * b[h];
+            for (h = 0; h < DSA__LANES; h++) s1[h] += a1[d] * b[h];
+            for (h = 0; h < DSA__LANES; h++) s2[h] += a2[d] * b[h];
+            for (h = 0; h < DSA__LANES; h++) s3[h] += a3[d] * b[h];
+        }
+        memcpy(c + (j + 0) * DSA__LANES, s0, sizeof s0);
+        memcpy(c + (j + 1) * DSA__LANES, s1, sizeof s1);
+        memcpy(c + (j + 2) * DSA__LANES, s2, sizeof s2);
+        memcpy(c + (j + 3) * DSA__LANES, s3, sizeof s3);
+    }
+    for (i = j; i < n; i++) {
+        float s[DSA__LANES] = {0};
+        for (d = 0; d < dim; d++)
+            for (h = 0; h < DSA__LANES; h++) s[h] += a[i * lda + d] * bt[(int64_t)d * DSA__LANES + h];
+        memcpy(c + i * DSA__LANES, s, sizeof s);
+    }
+}
+
+/* y[d] = y[d] + Sum_j p[j] x[j][d], j one after the other      p [n] (stride ldp), x [n, dim] (stride ldx) */
+static void dsa__ref_axpys(int32_t n, int32_t dim, const float *p, int64_t ldp, const float *x, int64_t ldx, float *DSA__RESTRICT y)
+{
+    int32_t j, d;
+    for (j = 0; j + 4 <= n; j += 4) {                    /* four rows per load and store of y */
+        const float *x0 = x + j * ldx, *x1 = x0 + ldx, *x2 = x1 + ldx, *x3 = x2 + ldx;
+        float p0 = p[j * ldp], p1 = p[(j + 1) * ldp], p2 = p[(j + 2) * ldp], p3 = p[(j + 3) * ldp];
+        for (d = 0; d < dim; d++) y[d] = (((y[d] + p0 * x0[d]) + p1 * x1[d]) + p2 * x2[d]) + p3 * x3[d];
+    }
+    for (; j < n; j++) {
+        const float *xj = x + j * ldx;
+        float pj = p[j * ldp];
+        for (d = 0; d < dim; d++) y[d] += pj * xj[d];
+    }
+}
+
+/* The index scores of one query against n <= DSA__BLOCK keys, eq. (1) of the DeepSeek-V3.2-Exp paper:
+
+       I[s] = scale[s] Sum_h w[h] ReLU(<q[h], k[s]>)
+
+   qt [ceil(HI / LANES), D, LANES]: the query's heads, LANES side by side, rounded as the key format demands and its scales
+   folded into w [HI]. k [n, D]: the keys as f32 (e4m3 and int8 values unscaled: their products and, up to D = 1024, int8 sums
+   are exact in f32). scale [n] or NULL. dots [DSA__BLOCK, LANES] is scratch. f32 sums; h ascending; the key's scale last. */
+static void dsa__ref_score_block(int32_t n, int32_t n_heads, int32_t dim, const float *qt, const float *w,
+                                 const float *k, const float *scale, float *dots, float *I)
+{
+    int32_t h0, h, s;
+    for (s = 0; s < n; s++) I[s] = 0.0f;
+    for (h0 = 0; h0 < n_heads; h0 += DSA__LANES) {
+        int32_t lanes = dsa__min32(DSA__LANES, n_heads - h0);
+        dsa__ref_dots(n, dim, k, dim, qt + (int64_t)h0 * dim, dots);
+        for (s = 0; s < n; s++)
+            for (h = 0; h < lanes; h++) {
+                float d = dots[s * DSA__LANES + h];
+                I[s] += w[h0 + h] * (d < 0.0f ? 0.0f : d);    /* this way round a NaN stays one and is never selected */
+            }
+    }
+    if (scale) for (s = 0; s < n; s++) I[s] *= scale[s];
+}
+
+/* e^x for x <= 0, within 2 ulp; 0 below -87, NaN stays NaN. Ours, so that results do not depend on the libm at hand.
+   x = n ln 2 + r with |r| <= ln 2 / 2; e^r by its Taylor polynomial (remainder r^8/8! < 6e-9), times 2^n. */
+static float dsa__exp(float x)
+{
+    float t = x > -87.0f ? x : -87.0f, r, y;
+    int32_t n = (int32_t)(t * 1.44269504f - 0.5f);
+    r = t - (float)n * 0.693359375f;                     /* ln 2 in two parts: the first has few bits, so n times it is exact */
+    r = r - (float)n * -2.12194440e-4f;
+    y = 1.0f / 5040.0f;
+    y = y * r + 1.0f / 720.0f;
+    y = y * r + 1.0f / 120.0f;
+    y = y * r + 1.0f / 24.0f;
+    y = y * r + 1.0f / 6.0f;
+    y = y * r + 0.5f;
+    y = y * r + 1.0f;
+    y = y * r + 1.0f;
+    y *= dsa__from_bits((uint32_t)(n + 127) << 23);
+    y = x < -87.0f ? 0.0f : y;
+    return x != x ? x : y;
+}
+
+/* One step of the online softmax for n <= DSA__BLOCK rows and lanes <= LANES heads (absorbed MLA, spec 2 and 5):
+
+       x_s = scale <q, kv_s>      m' = max(m, max_s x_s)      p_s = e^(x_s - m')
+       sum = e^(m - m') sum + Sum_s p_s                       out = e^(m - m') out + Sum_s p_s kv_s[0 : dim_v]
+
+   qt [dim_qk, LANES] one lane per head; kv [n, dim_qk] f32; x [DSA__BLOCK, LANES] scratch;
+   max, sum [lanes]; out [lanes, dim_v]. */
+static void dsa__ref_attend_block(int32_t n, int32_t lanes, int32_t dim_qk, int32_t dim_v, float scale,
+                                  const float *qt, const float *kv, float *x, float *max, float *sum, float *out)
+{
+    const float none = -dsa__infinity();
+    int32_t h, s, d;
+    dsa__ref_dots(n, dim_qk, kv, dim_qk, qt, x);
+    for (h = 0; h < lanes; h++) {
+        float m = max[h], keep, add = 0.0f, *o = out + (int64_t)h * dim_v;
+        for (s = 0; s < n; s++) {
+            float v = x[s * DSA__LANES + h] * scale;
+            x[s * DSA__LANES + h] = v;
+            if (v > m) m = v;
+        }
+        keep = max[h] == none ? 0.0f : dsa__exp(max[h] - m);
+        for (s = 0; s < n; s++) {                        /* a logit of -inf weighs nothing, even before any other */
+            float v = x[s * DSA__LANES + h], p = v == none ? 0.0f : dsa__exp(v - m);
+            x[s * DSA__LANES + h] = p;
+            add += p;
+        }
+        if (keep != 1.0f) for (d = 0; d < dim_v; d++) o[d] *= keep;
+        sum[h] = sum[h] * keep + add;
+        max[h] = m;
+        dsa__ref_axpys(n, dim_v, x + h, DSA__LANES, kv, dim_qk, o);
+    }
+}
+
+/* ============================================================================================
+   >>topk                                     exact selection under a total order
+   ============================================================================================
+   Order: score descending, then lower index; -0 equals +0; NaN and -inf are not there at all (spec 4). A cut finds the k-th
+   best of a list by counting: floats mapped to unsigned integers in the same order, then the digits of the k-th from the top,
+   11 + 11 + 10 bits. It takes the same few passes whatever the input is: no pivot, no candidate buffer that could overflow. */
+
+#define DSA__BINS 2048
+
+static int dsa__selectable(float s) { return s > -dsa__infinity(); }      /* false for NaN */
+
+/* Monotone map to [1, 2^32): a < b iff key(a) < key(b). 0 stands for "not selectable". */
+static uint32_t dsa__sort_key(float s)
+{
+    uint32_t b;
+    if (!dsa__selectable(s)) return 0;
+    b = dsa__bits(s + 0.0f);                                              /* -0 + 0 = +0 */
+    return b & 0x80000000u ? ~b : b | 0x80000000u;
+}
+
+/* Finds the cut of the k best among s[0 .. n): all selectable entries with key > *cut belong to them, and so do the first
+   *n_equal entries with key == *cut. With at most k selectable entries the cut is 0: all of them. */
+static void dsa__topk_cut(const float *s, int64_t n, int64_t k, uint32_t *bins, uint32_t *cut, int64_t *n_equal)
+{
+    static const int shifts[3] = { 21, 10, 0 };
+    uint32_t prefix = 0, mask = 0;                                        /* digits of the k-th key found so far */
+    int64_t left = k, i;                                                  /* its rank among the keys with that prefix */
+    int pass;
+    for (pass = 0; pass < 3; pass++) {
+        int shift = shifts[pass];
+        uint32_t digit = DSA__BINS - 1;
+        memset(bins, 0, DSA__BINS * sizeof *bins);
+        for (i = 0; i < n; i++) {
+            uint32_t key = dsa__sort_key(s[i]);
+            if ((key & mask) == prefix && key != 0) bins[(key >> shift) & (DSA__BINS - 1)]++;
+        }
+        while (digit > 0 && (int64_t)bins[digit] < left) left -= bins[digit--];
+        if (digit == 0 && (int64_t)bins[0] < left) { *cut = 0; *n_equal = 0; return; }     /* fewer than k in all */
+        prefix |= digit << shift;
+        mask |= (uint32_t)(DSA__BINS - 1) << shift;
+    }
+    *cut = prefix;
+    *n_equal = left;
+}
+
+/* A running selection over a stream of (score, index) that arrives in ascending index order. */
+typedef struct dsa__topk {
+    int64_t k, n, room;          /* wanted; held; places, >= k + DSA__BLOCK */
+    float above;                 /* enter only with a score > above: a tie with it has a higher index and loses */
+    float *s;                    /* [room] */
+    int32_t *i;                  /* [room] ascending */
+    uint32_t *bins;              /* [DSA__BINS] */
+} dsa__topk;
+
+static void dsa__topk_begin(dsa__topk *t) { t->n = 0; t->above = -dsa__infinity(); }
+
+/* Keeps the k best of those held, in their order. */
+static void dsa__topk_compact(dsa__topk *t)
+{
+    int64_t i, n = 0, n_equal;
+    uint32_t cut;
+    if (t->n <= t->k) return;
+    dsa__topk_cut(t->s, t->n, t->k, t->bins, &cut, &n_equal);
+    for (i = 0; i < t->n; i++) {
+        uint32_t key = dsa__sort_key(t->s[i]);
+        if (key < cut || (key == cut && n_equal-- <= 0)) continue;
+        if (key == cut) t->above = t->s[i];
+        t->s[n] = t->s[i];
+        t->i[n++] = t->i[i];
+    }
+    t->n = n;
+}
+
+/* Adds n <= DSA__BLOCK scores of the indices first, first + 1, .. */
+static void dsa__topk_push(dsa__topk *t, const float *s, int64_t n, int64_t first)
+{
+    int64_t i;
+    if (t->n + n > t->room) dsa__topk_compact(t);
+    for (i = 0; i < n; i++)
+        if (s[i] > t->above) {                                            /* false for NaN, and for -inf from the start */
+            t->s[t->n] = s[i];
+            t->i[t->n++] = (int32_t)(first + i);
+        }
+}
+
+/* Adds what another selection holds; its indices all lie above those held here. */
+static void dsa__topk_join(dsa__topk *t, const dsa__topk *from)
+{
+    int64_t i;
+    for (i = 0; i < from->n; i++) {
+        if (!(from->s[i] > t->above)) continue;
+        if (t->n == t->room) dsa__topk_compact(t);
+        t->s[t->n] = from->s[i];
+        t->i[t->n++] = from->i[i];
+    }
+}
+
+/* Does (s, i) come before (s2, i2) in the total order? */
+static int dsa__ranks_before(float s, int32_t i, float s2, int32_t i2) { return s > s2 || (s == s2 && i < i2); }
+
+/* Heapsort of pairs: by rank, or by ascending index. No recursion, no allocation, n log n for every input. */
+static void dsa__pairs_sort(float *s, int32_t *x, int64_t n, int by_rank)
+{
+    int64_t start = n / 2, end = n, root, child;
+    float vs;
+    int32_t vx;
+    while (end > 1) {
+        if (start > 0) {
+            start--;
+            vs = s[start]; vx = x[start];
+        } else {
+            end--;
+            vs = s[end]; vx = x[end];
+            s[end] = s[0]; x[end] = x[0];
+        }
+        for (root = start; (child = 2 * root + 1) < end; root = child) {  /* the heap's top is the pair that goes last */
+            if (child + 1 < end && (by_rank ? dsa__ranks_before(s[child], x[child], s[child + 1], x[child + 1])
+                                            : x[child] < x[child + 1])) child++;
+            if (by_rank ? !dsa__ranks_before(vs, vx, s[child], x[child]) : vx >= x[child]) break;
+            s[root] = s[child]; x[root] = x[child];
+        }
+        s[root] = vs; x[root] = vx;
+    }
+}
+
+/* Writes a finished selection to row `row` of the caller's arrays. */
+static void dsa__topk_emit(dsa__topk *t, const dsa_selection *out, int64_t row)
+{
+    int64_t k = out->top_k, i;
+    int32_t *x = out->indices + row * k;
+    dsa__topk_compact(t);
+    if (out->order == DSA_ORDER_RANK) dsa__pairs_sort(t->s, t->i, t->n, 1);
+    for (i = 0; i < t->n; i++) x[i] = t->i[i];
+    for (; i < k; i++) x[i] = -1;
+    if (out->scores) {
+        float *s = out->scores + row * k;
+        for (i = 0; i < t->n; i++) s[i] = t->s[i];
+        for (; i < k; i++) s[i] = -dsa__infinity();
+    }
+    if (out->counts) out->counts[row] = (int32_t)t->n;
+}
+
+/* Carves a running selection that keeps k. */
+static void dsa__topk_take(dsa__arena *a, int64_t k, dsa__topk *t)
+{
+    t->k = k;
+    t->room = 2 * t->k + DSA__BLOCK;
+    t->s = (float *)dsa__take(a, t->room, 1, sizeof(float));
+    t->i = (int32_t *)dsa__take(a, t->room, 1, sizeof(int32_t));
+    t->bins = (uint32_t *)dsa__take(a, DSA__BINS, 1, sizeof(uint32_t));
+}
+
+/* ============================================================================================
+   >>dispatch                                 the kernel table and its choice
+   ============================================================================================
+   A new ISA is one more section above this one and one more table here; entries that it does not improve are the scalar ones. */
+
+typedef struct dsa__kernels {
+    dsa_isa isa;
+    void (*dots)(int32_t n, int32_t dim, const float *a, int64_t lda, const float *bt, float *c);
+    void (*axpys)(int32_t n, int32_t dim, const float *p, int64_t ldp, const float *x, int64_t ldx, float *DSA__RESTRICT y);
+    void (*score_block)(int32_t n, int32_t n_heads, int32_t dim, const float *qt, const float *w,
+                        const float *k, const float *scale, float *dots, float *I);
+    void (*attend_block)(int32_t n, int32_t lanes, int32_t dim_qk, int32_t dim_v, float scale,
+                         const float *qt, const float *kv, float *x, float *max, float *sum, float *out);
+} dsa__kernels;
+
+static const dsa__kernels dsa__kernels_ref = {
+    DSA_ISA_SCALAR, dsa__ref_dots, dsa__ref_axpys, dsa__ref_score_block, dsa__ref_attend_block
+};
+
+/* NULL: this build or this CPU does not have it. */
+static const dsa__kernels *dsa__kernels_for(dsa_isa isa)
+{
+    if (isa == DSA_ISA_AUTO || isa == DSA_ISA_SCALAR) return &dsa__kernels_ref;
+    return NULL;
+}
+
+/* ============================================================================================
+   >>threads                                  the optional pool
+   ============================================================================================
+   Workers sleep on a condition between calls. Task i belongs to thread i % n_threads: nothing is claimed at run time. */
+#ifndef DSA_NO_MALLOC
+static void *dsa__malloc(void *user, size_t bytes) { (void)user; return malloc(bytes); }
+static void dsa__free(void *user, void *memory) { (void)user; free(memory); }
+#endif
+
+/* The allocator to use: the given one, or malloc where this build has it. */
+static dsa_allocator dsa__allocator(const dsa_allocator *given)
+{
+    dsa_allocator a;
+    memset(&a, 0, sizeof a);
+    if (given && given->alloc && given->release) a = *given;
+#ifndef DSA_NO_MALLOC
+    else { a.alloc = dsa__malloc; a.release = dsa__free; }
+#endif
+    return a;
+}
+
+#ifndef DSA_NO_THREADS
+typedef struct dsa__worker { struct dsa_pool *pool; int32_t index; pthread_t thread; } dsa__worker;
+
+struct dsa_pool {
+    dsa_allocator allocator;
+    pthread_mutex_t lock;
+    pthread_cond_t wake, done;
+    dsa_task task;
+    void *arg;
+    uint64_t generation;         /* counts runs; a worker that sees a new number has work */
+    int32_t n_threads, n_tasks, n_busy, stop;
+    dsa__worker *workers;        /* [n_threads - 1] */
+};
+
+static void *dsa__worker_main(void *arg)
+{
+    dsa__worker *w = (dsa__worker *)arg;
+    struct dsa_pool *p = w->pool;
+    uint64_t seen = 0;
+    int32_t i;
+    pthread_mutex_lock(&p->lock);
+    for (;;) {
+        while (p->generation == seen && !p->stop) pthread_cond_wait(&p->wake, &p->lock);
+        if (p->stop) break;
+        seen = p->generation;
+        pthread_mutex_unlock(&p->lock);
+        for (i = w->index; i < p->n_tasks; i += p->n_threads) p->task(p->arg, i);
+        pthread_mutex_lock(&p->lock);
+        if (--p->n_busy == 0) pthread_cond_signal(&p->done);
+    }
+    pthread_mutex_unlock(&p->lock);
+    return NULL;
+}
+
+static void dsa__pool_stop(dsa_pool *p, int32_t n_started)
+{
+    int32_t i;
+    pthread_mutex_lock(&p->lock);
+    p->stop = 1;
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->lock);
+    for (i = 0; i < n_started; i++) pthread_join(p->workers[i].thread, NULL);
+    pthread_cond_destroy(&p->done);
+    pthread_cond_destroy(&p->wake);
+    pthread_mutex_destroy(&p->lock);
+    p->allocator.release(p->allocator.user, p);
+}
+
+DSA_API dsa_status dsa_pool_create(const dsa_allocator *allocator, int32_t n_threads, dsa_pool **pool)
+{
+    dsa_allocator a = dsa__allocator(allocator);
+    dsa_pool *p;
+    int32_t i;
+    if (!pool) return DSA_ERR_NULL;
+    if (n_threads < 1 || n_threads > 4096) return DSA_ERR_ARGUMENT;
+    if (!a.alloc) return DSA_ERR_UNSUPPORTED;
+    p = (dsa_pool *)a.alloc(a.user, sizeof *p + (size_t)n_threads * sizeof *p->workers);
+    if (!p) return DSA_ERR_MEMORY;
+    memset(p, 0, sizeof *p);
+    p->allocator = a;
+    p->n_threads = n_threads;
+    p->workers = (dsa__worker *)(void *)(p + 1);
+    if (pthread_mutex_init(&p->lock, NULL) != 0) { a.release(a.user, p); return DSA_ERR_THREAD; }
+    if (pthread_cond_init(&p->wake, NULL) != 0) { pthread_mutex_destroy(&p->lock); a.release(a.user, p); return DSA_ERR_THREAD; }
+    if (pthread_cond_init(&p->done, NULL) != 0) {
+        pthread_cond_destroy(&p->wake); pthread_mutex_destroy(&p->lock); a.release(a.user, p);
+        return DSA_ERR_THREAD;
+    }
+    for (i = 0; i + 1 < n_threads; i++) {
+        p->workers[i].pool = p;
+        p->workers[i].index = i + 1;
+        if (pthread_create(&p->workers[i].thread, NULL, dsa__worker_main, &p->workers[i]) != 0) {
+            dsa__pool_stop(p, i);
+            return DSA_ERR_THREAD;
+        }
+    }
+    *pool = p;
+    return DSA_OK;
+}
+
+DSA_API void dsa_pool_destroy(dsa_pool *pool)
+{
+    if (pool) dsa__pool_stop(pool, pool->n_threads - 1);
+}
+
+DSA_API void dsa_pool_run(void *pool, int32_t n_tasks, dsa_task task, void *arg)
+{
+    dsa_pool *p = (dsa_pool *)pool;
+    int32_t i;
+    pthread_mutex_lock(&p->lock);
+    p->task = task;
+    p->arg = arg;
+    p->n_tasks = n_tasks;
+    p->n_busy = p->n_threads - 1;
+    p->generation++;
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->lock);
+    for (i = 0; i < n_tasks; i += p->n_threads) task(arg, i);
+    pthread_mutex_lock(&p->lock);
+    while (p->n_busy > 0) pthread_cond_wait(&p->done, &p->lock);
+    pthread_mutex_unlock(&p->lock);
+}
+#endif
+
+/* ============================================================================================
+   >>config                                   defaults, presets, contexts
+   ============================================================================================ */
+
+DSA_API int dsa_version(void) { return DSA_VERSION_MAJOR * 10000 + DSA_VERSION_MINOR * 100 + DSA_VERSION_PATCH; }
+
+DSA_API const char *dsa_status_text(dsa_status status)
+{
+#define DSA__TEXT(name, text) case name: return text;
+    switch ((int)status) { DSA_STATUS_LIST(DSA__TEXT) default: break; }
+#undef DSA__TEXT
+    return "unknown status";
+}
+
+DSA_API const char *dsa_isa_name(dsa_isa isa)
+{
+    static const char *const names[] = { "auto", "scalar", "avx2", "avx512", "neon" };
+    return (int)isa >= 0 && (int)isa < 5 ? names[isa] : "unknown";
+}
+
+DSA_API int dsa_layer_has_indexer(int32_t freq, int32_t offset, int32_t i)
+{
+    int64_t n = (int64_t)i - offset + 1;
+    return freq <= 1 || dsa__max64(n, 0) % freq == 0;
+}
+
+DSA_API dsa_status dsa_config_preset(dsa_preset preset, dsa_config *c)
+{
+    if (!c) return DSA_ERR_NULL;
+    if (preset != DSA_DEEPSEEK_V32 && preset != DSA_GLM_5 && preset != DSA_GLM_52) return DSA_ERR_ARGUMENT;
+    memset(c, 0, sizeof *c);
+    c->dim_latent = 512;                                 /* spec 1 */
+    c->dim_rope = 64;
+    c->dim_index = 128;
+    c->top_k = 2048;
+    c->norm_eps = 1e-6f;
+    c->index_norm_eps = 1e-6f;
+    c->index_rope_width = 64;
+    if (preset == DSA_DEEPSEEK_V32) {
+        c->n_heads = 128;
+        c->n_index_heads = 64;
+        c->dim_hidden = 7168;
+        c->dim_q_lora = 1536;
+        c->dim_nope = 128;
+        c->dim_v = 128;
+        c->mscale = 1.0f;
+        c->rope_theta = 1e4;
+        c->rope_factor = 40;
+        c->rope_original_context = 4096;
+        c->rope_beta_fast = 32;
+        c->rope_beta_slow = 1;
+    } else {
+        c->n_heads = 64;
+        c->n_index_heads = 32;
+        c->dim_hidden = 6144;
+        c->dim_q_lora = 2048;
+        c->dim_nope = 192;
+        c->dim_v = 256;
+        c->rope_theta = preset == DSA_GLM_5 ? 1e6 : 8e6;
+        c->index_rope_interleaved = 1;
+        if (preset == DSA_GLM_52) { c->index_share_freq = 4; c->index_share_offset = 3; }
+    }
+    return DSA_OK;
+}
+
+static int32_t dsa__default32(int32_t x, int32_t def) { return x == 0 ? def : (x == DSA_NONE ? 0 : x); }
+
+DSA_API dsa_status dsa_init(dsa_ctx *ctx, const dsa_config *config)
+{
+    dsa_ctx t;
+    dsa_config *c = &t.config;
+    const dsa__kernels *kernels;
+    if (!ctx) return DSA_ERR_NULL;
+    memset(&t, 0, sizeof t);
+    if (config) *c = *config;
+    if (c->detail && c->detail_size) c->detail[0] = 0;
+
+    c->n_heads       = dsa__default32(c->n_heads, 128);
+    c->dim_latent    = dsa__default32(c->dim_latent, 512);
+    c->dim_rope      = dsa__default32(c->dim_rope, 64);
+    c->n_index_heads = dsa__default32(c->n_index_heads, 64);
+    c->dim_index     = dsa__default32(c->dim_index, 128);
+    c->top_k         = dsa__default32(c->top_k, 2048);
+    c->dim_hidden    = dsa__default32(c->dim_hidden, 7168);
+    c->dim_q_lora    = dsa__default32(c->dim_q_lora, 1536);
+    c->dim_nope      = dsa__default32(c->dim_nope, 128);
+    c->dim_v         = dsa__default32(c->dim_v, 128);
+    c->index_rope_width = dsa__default32(c->index_rope_width, c->dim_rope);
+    c->n_threads     = dsa__default32(c->n_threads, 1);
+    if (c->n_heads < 1 || c->dim_latent < 1 || c->dim_rope < 0 || c->n_index_heads < 1 || c->dim_index < 1 || c->top_k < 1 ||
+        c->dim_hidden < 1 || c->dim_q_lora < 1 || c->dim_nope < 1 || c->dim_v < 1)
+        return dsa__fail(&t, DSA_ERR_SHAPE, "dsa_init: a dimension is negative");
+    if (c->n_heads > DSA_MAX_DIM || c->dim_latent > DSA_MAX_DIM || c->dim_rope > DSA_MAX_DIM || c->n_index_heads > DSA_MAX_DIM ||
+        c->dim_nope > DSA_MAX_DIM || c->dim_v > DSA_MAX_DIM || c->dim_hidden > DSA_MAX_DIM || c->dim_q_lora > DSA_MAX_DIM)
+        return dsa__fail(&t, DSA_ERR_SHAPE, "dsa_init: a dimension exceeds DSA_MAX_DIM");
+    if (c->dim_index > DSA_MAX_DIM_INDEX)
+        return dsa__fail(&t, DSA_ERR_SHAPE, "dsa_init: dim_index exceeds DSA_MAX_DIM_INDEX");
+    if (c->dim_rope % 2 != 0 || c->index_rope_width < 0 || c->index_rope_width % 2 != 0 || c->index_rope_offset < 0 ||
+        c->index_rope_offset > c->dim_index - c->index_rope_width)
+        return dsa__fail(&t, DSA_ERR_SHAPE, "dsa_init: a rotary width is odd or reaches beyond its row");
+    if (c->hadamard == DSA_HADAMARD_ON && !dsa__is_pow2(c->dim_index))
+        return dsa__fail(&t, DSA_ERR_SHAPE, "dsa_init: Hadamard needs a dim_index that is a power of two");
+    if ((int)c->hadamard < 0 || c->hadamard > DSA_HADAMARD_OFF || (int)c->precision < 0 || c->precision > DSA_PRECISION_F32 ||
+        (int)c->isa < 0 || c->isa > DSA_ISA_NEON || (int)c->rope_layout < 0 || c->rope_layout > DSA_ROPE_HALF)
+        return dsa__fail(&t, DSA_ERR_ARGUMENT, "dsa_init: unknown enum value");
+    if (c->n_threads < 1 || c->n_threads > 4096)
+        return dsa__fail(&t, DSA_ERR_ARGUMENT, "dsa_init: n_threads must lie in [1, 4096]");
+    if ((c->allocator.alloc == NULL) != (c->allocator.release == NULL))
+        return dsa__fail(&t, DSA_ERR_NULL, "dsa_init: allocator.alloc and .release go together");
+
+    if (c->norm_eps == 0.0f)       c->norm_eps = 1e-6f;
+    if (c->index_norm_eps == 0.0f) c->index_norm_eps = 1e-6f;
+    if (c->rope_theta == 0.0)            c->rope_theta = 10000.0;
+    if (c->rope_factor == 0.0)           c->rope_factor = 1.0;
+    if (c->rope_original_context == 0.0) c->rope_original_context = 4096.0;
+    if (c->rope_beta_fast == 0.0)        c->rope_beta_fast = 32.0;
+    if (c->rope_beta_slow == 0.0)        c->rope_beta_slow = 1.0;
+    c->mscale = c->mscale == 0.0f ? 1.0f : (c->mscale == (float)DSA_NONE ? 0.0f : c->mscale);
+    if (!(c->norm_eps > 0.0f) || !(c->index_norm_eps > 0.0f) || !(c->rope_theta > 1.0) || !(c->rope_factor >= 1.0) ||
+        !(c->rope_original_context > 0.0) || !(c->rope_beta_fast > 0.0) || !(c->rope_beta_slow > 0.0) || !(c->mscale >= 0.0f))
+        return dsa__fail(&t, DSA_ERR_ARGUMENT, "dsa_init: an eps, a rope parameter or mscale is out of its domain");
+    if (c->softmax_scale == 0.0f) {                      /* spec 1 and 2.1: (nope + rope)^-0.5 m^2 */
+        double m = c->rope_factor > 1.0 ? 0.1 * (double)c->mscale * log(c->rope_factor) + 1.0 : 1.0;
+        c->softmax_scale = (float)(m * m / sqrt((double)c->dim_nope + c->dim_rope));
+    }
+    if (!(c->softmax_scale > 0.0f) || c->softmax_scale > FLT_MAX)
+        return dsa__fail(&t, DSA_ERR_ARGUMENT, "dsa_init: softmax_scale must be positive and finite");
+
+    kernels = dsa__kernels_for(c->isa);
+    if (!kernels) return dsa__fail(&t, DSA_ERR_UNSUPPORTED, "dsa_init: this build or this CPU does not have the forced isa");
+    t.kernels = kernels;
+    *ctx = t;
+    return DSA_OK;
+}
+
+DSA_API dsa_isa dsa_query_isa(const dsa_ctx *ctx) { return ctx && ctx->kernels ? ctx->kernels->isa : DSA_ISA_AUTO; }
+
+static dsa_rope dsa__config_yarn(const dsa_ctx *ctx)
+{
+    dsa_rope r;
+    memset(&r, 0, sizeof r);
+    r.theta = ctx->config.rope_theta;
+    r.factor = ctx->config.rope_factor;
+    r.original_context = ctx->config.rope_original_context;
+    r.beta_fast = ctx->config.rope_beta_fast;
+    r.beta_slow = ctx->config.rope_beta_slow;
+    return r;
+}
+
+DSA_API dsa_rope dsa_config_rope(const dsa_ctx *ctx, int32_t dim_row)
+{
+    dsa_rope r = dsa__config_yarn(ctx);
+    r.layout = ctx->config.rope_layout;
+    r.width = ctx->config.dim_rope;
+    r.offset = dim_row - r.width;
+    return r;
+}
+
+DSA_API dsa_rope dsa_config_index_rope(const dsa_ctx *ctx)
+{
+    dsa_rope r = dsa__config_yarn(ctx);
+    r.layout = ctx->config.index_rope_interleaved ? DSA_ROPE_INTERLEAVED : DSA_ROPE_HALF;
+    r.width = ctx->config.index_rope_width;
+    r.offset = ctx->config.index_rope_offset;
+    return r;
+}
+
+/* ============================================================================================
+   >>cache                                    rows in memory: layouts, pages, append, read back
+   ============================================================================================
+   A row is addressed by its slot = page * page_size + offset; a logical position becomes one through the block table. */
+
+static int dsa__planar(dsa_kind kind, dsa_type format) { return kind == DSA_INDEX_KEY && (format == DSA_FP8 || format == DSA_INT8); }
+
+DSA_API dsa_status dsa_row_bytes(dsa_kind kind, dsa_type format, int32_t dim, int32_t dim_rope, size_t *bytes)
+{
+    size_t n, r;
+    if (!bytes) return DSA_ERR_NULL;
+    if (dim_rope == DSA_NONE) dim_rope = 0;
+    if (dim < 1 || dim > DSA_MAX_DIM || dim_rope < 0 || dim_rope > DSA_MAX_DIM) return DSA_ERR_SHAPE;
+    if (kind == DSA_INDEX_KEY && dim_rope != 0) return DSA_ERR_SHAPE;
+    n = (size_t)dim;
+    r = (size_t)dim_rope;
+    if (kind != DSA_LATENT && kind != DSA_INDEX_KEY) return DSA_ERR_FORMAT;
+    if (format == DSA_F32) *bytes = 4 * (n + r);
+    else if (format == DSA_BF16) *bytes = 2 * (n + r);
+    else if (format == DSA_FP8 && kind == DSA_LATENT) *bytes = n + 4 * ((n + 127) / 128) + 2 * r;
+    else if (dsa__planar(kind, format)) *bytes = n + 4;
+    else return DSA_ERR_FORMAT;
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_page_bytes(dsa_kind kind, dsa_type format, int32_t dim, int32_t dim_rope, int32_t page_size, size_t *bytes)
+{
+    size_t row;
+    dsa_status st = dsa_row_bytes(kind, format, dim, dim_rope, &row);
+    if (st != DSA_OK) return st;
+    if (!bytes) return DSA_ERR_NULL;
+    if (page_size < 1) return DSA_ERR_SHAPE;
+    if (!dsa__mul(row, (size_t)page_size, &row) || row > (size_t)-1 - 3) return DSA_ERR_OVERFLOW;
+    *bytes = dsa__planar(kind, format) ? (row + 3) & ~(size_t)3 : row;
+    return DSA_OK;
+}
+
+static dsa_status dsa__ctx_check(const dsa_ctx *ctx)
+{
+    if (!ctx) return DSA_ERR_NULL;
+    return ctx->kernels ? DSA_OK : DSA_ERR_ARGUMENT;     /* dsa_init did not succeed on it */
+}
+
+/* A cache without memory: everything in it that follows from the desc. page_bytes is one tight page. */
+static dsa_status dsa__cache_shape(const dsa_ctx *ctx, const dsa_cache_desc *desc, dsa_cache *c, size_t *page_bytes)
+{
+    dsa_hadamard h;
+    int64_t page;
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    if (!desc) return dsa__fail(ctx, DSA_ERR_NULL, "cache: desc is NULL");
+    memset(c, 0, sizeof *c);
+    c->kind = desc->kind;
+    c->format = desc->format;
+    c->dim = dsa__default32(desc->dim, desc->kind == DSA_LATENT ? ctx->config.dim_latent : ctx->config.dim_index);
+    c->dim_rope = desc->kind == DSA_LATENT ? dsa__default32(desc->dim_rope, ctx->config.dim_rope) : 0;
+    if (desc->kind == DSA_INDEX_KEY && c->dim > DSA_MAX_DIM_INDEX)
+        return dsa__fail(ctx, DSA_ERR_SHAPE, "cache: an index key is wider than DSA_MAX_DIM_INDEX");
+    h = desc->hadamard == DSA_HADAMARD_AUTO ? ctx->config.hadamard : desc->hadamard;
+    if (desc->kind == DSA_INDEX_KEY)
+        c->hadamard = h == DSA_HADAMARD_ON || (h == DSA_HADAMARD_AUTO && dsa__planar(desc->kind, desc->format));
+    if (c->hadamard && !dsa__is_pow2(c->dim))
+        return dsa__fail(ctx, DSA_ERR_SHAPE, "cache: Hadamard needs a dim that is a power of two (FP8 and INT8 keys use it unless it is OFF)");
+    if (desc->device == DSA_DEVICE_CUDA) return dsa__fail(ctx, DSA_ERR_NO_DEVICE, "cache: this build has no CUDA device");
+    if (desc->device != DSA_DEVICE_CPU && desc->device != DSA_DEVICE_AUTO) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "cache: unknown device");
+    c->device = DSA_DEVICE_CPU;
+    if (desc->capacity < 0 || desc->capacity > DSA__MAX_POS || desc->page_size < 0)
+        return dsa__fail(ctx, DSA_ERR_SHAPE, "cache: capacity must lie in [0, 2^31 - 1] and page_size may not be negative");
+    page = desc->page_size ? desc->page_size : dsa__max64(desc->capacity, 1);
+    c->page_size = (int32_t)page;
+    st = dsa_row_bytes(c->kind, c->format, c->dim, c->dim_rope, &c->row_stride);
+    if (st == DSA_OK) st = dsa_page_bytes(c->kind, c->format, c->dim, c->dim_rope, c->page_size, page_bytes);
+    if (st != DSA_OK) return dsa__fail(ctx, st, "cache: this kind cannot have this format or these dims");
+    if (dsa__planar(c->kind, c->format)) c->row_stride = (size_t)c->dim;
+    c->page_stride = *page_bytes;
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_cache_bytes(const dsa_ctx *ctx, const dsa_cache_desc *desc, size_t *bytes)
+{
+    dsa_cache c;
+    size_t page;
+    dsa_status st = dsa__cache_shape(ctx, desc, &c, &page);
+    if (st != DSA_OK) return st;
+    if (!bytes) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_cache_bytes: bytes is NULL");
+    if (desc->capacity < 1) return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_cache_bytes: capacity must be at least 1");
+    if (!dsa__mul(page, (size_t)((desc->capacity + c.page_size - 1) / c.page_size), bytes))
+        return dsa__fail(ctx, DSA_ERR_OVERFLOW, "dsa_cache_bytes: the size does not fit in size_t");
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_cache_init(const dsa_ctx *ctx, const dsa_cache_desc *desc, void *memory, size_t bytes, dsa_cache *cache)
+{
+    dsa_cache c;
+    size_t page, need;
+    dsa_status st = dsa_cache_bytes(ctx, desc, &need);
+    if (st != DSA_OK) return st;
+    if (!memory || !cache) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_cache_init: memory or cache is NULL");
+    if (bytes < need) return dsa__fail(ctx, DSA_ERR_CAPACITY, "dsa_cache_init: memory is smaller than dsa_cache_bytes says");
+    st = dsa__cache_shape(ctx, desc, &c, &page);
+    if (st != DSA_OK) return st;
+    c.data = memory;
+    c.n_pages = c.n_blocks = (desc->capacity + c.page_size - 1) / c.page_size;
+    *cache = c;
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_cache_create(const dsa_ctx *ctx, const dsa_cache_desc *desc, dsa_cache *cache)
+{
+    size_t need;
+    void *memory;
+    dsa_allocator a;
+    dsa_status st = dsa_cache_bytes(ctx, desc, &need);
+    if (st != DSA_OK) return st;
+    if (!cache) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_cache_create: cache is NULL");
+    a = dsa__allocator(&ctx->config.allocator);
+    if (!a.alloc) return dsa__fail(ctx, DSA_ERR_UNSUPPORTED, "dsa_cache_create: DSA_NO_MALLOC needs config.allocator");
+    memory = a.alloc(a.user, need);
+    if (!memory) return dsa__fail(ctx, DSA_ERR_MEMORY, "dsa_cache_create: the allocator returned NULL");
+    st = dsa_cache_init(ctx, desc, memory, need, cache);
+    if (st != DSA_OK) { a.release(a.user, memory); return st; }
+    cache->owned = memory;
+    cache->allocator = a;
+    return DSA_OK;
+}
+
+DSA_API void dsa_cache_destroy(dsa_cache *cache)
+{
+    if (!cache) return;
+    if (cache->owned && cache->allocator.release) cache->allocator.release(cache->allocator.user, cache->owned);
+    memset(cache, 0, sizeof *cache);
+}
+
+DSA_API int64_t dsa_cache_capacity(const dsa_cache *c)
+{
+    int64_t blocks = c ? (c->block_table ? c->n_blocks : c->n_pages) : 0;
+    if (blocks <= 0 || c->page_size < 1) return 0;
+    return blocks > DSA__MAX_POS / c->page_size ? DSA__MAX_POS : blocks * c->page_size;
+}
+
+/* Everything about a cache but its contents; `len` rows must be reachable through its table. */
+static dsa_status dsa__cache_check(const dsa_ctx *ctx, const dsa_cache *c, dsa_kind kind, int64_t len)
+{
+    size_t row, page, tight;
+    int64_t b;
+    dsa_status st;
+    if (c->kind != kind) return dsa__fail(ctx, DSA_ERR_FORMAT, "cache: latents where index keys belong, or the other way round");
+    if (c->device != DSA_DEVICE_CPU) return dsa__fail(ctx, DSA_ERR_NO_DEVICE, "cache: rows lie on a device that this build does not have");
+    st = dsa_row_bytes(c->kind, c->format, c->dim, c->dim_rope, &row);
+    if (st != DSA_OK) return dsa__fail(ctx, st, "cache: this kind cannot have this format or these dims");
+    if (kind == DSA_INDEX_KEY && c->dim > DSA_MAX_DIM_INDEX)
+        return dsa__fail(ctx, DSA_ERR_SHAPE, "cache: an index key is wider than DSA_MAX_DIM_INDEX");
+    if (c->hadamard && (kind != DSA_INDEX_KEY || !dsa__is_pow2(c->dim)))
+        return dsa__fail(ctx, DSA_ERR_SHAPE, "cache: hadamard is for index keys whose dim is a power of two");
+    if (c->page_size < 1 || c->n_pages < 0 || c->n_blocks < 0)
+        return dsa__fail(ctx, DSA_ERR_SHAPE, "cache: page_size, n_pages or n_blocks");
+    if (dsa__planar(c->kind, c->format)) {
+        row = (size_t)c->dim;
+        if (!dsa__mul(row, (size_t)c->page_size, &tight)) return dsa__fail(ctx, DSA_ERR_OVERFLOW, "cache: page size");
+        if (!c->scales) tight += 4 * (size_t)c->page_size;
+        else if (c->n_pages > 1 && c->scale_page_stride < 4 * (size_t)c->page_size)
+            return dsa__fail(ctx, DSA_ERR_SHAPE, "cache: scale_page_stride is smaller than a page of scales");
+        if (!c->scales && c->page_stride % 4 != 0 && c->n_pages > 1)
+            return dsa__fail(ctx, DSA_ERR_SHAPE, "cache: page_stride of a planar page must be a multiple of 4");
+    } else {
+        if (c->row_stride < row) return dsa__fail(ctx, DSA_ERR_SHAPE, "cache: row_stride is smaller than a row");
+        if (!dsa__mul(c->row_stride, (size_t)c->page_size - 1, &tight) || tight > (size_t)-1 - row)
+            return dsa__fail(ctx, DSA_ERR_OVERFLOW, "cache: page size");
+        tight += row;
+    }
+    if (c->n_pages > 1 && c->page_stride < tight) return dsa__fail(ctx, DSA_ERR_SHAPE, "cache: page_stride is smaller than a page");
+    if (c->n_pages > DSA__MAX_POS) return dsa__fail(ctx, DSA_ERR_OVERFLOW, "cache: more than 2^31 - 1 pages");
+    if (c->n_pages > 0 && (!dsa__mul(c->n_pages > 1 ? c->page_stride : tight, (size_t)c->n_pages, &page) || page > (size_t)-1 / 2))
+        return dsa__fail(ctx, DSA_ERR_OVERFLOW, "cache: the pool does not fit in size_t");
+    if (c->n_pages > 0 && !c->data) return dsa__fail(ctx, DSA_ERR_NULL, "cache: data is NULL");
+    if (len < 0 || len > DSA__MAX_POS) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "cache: len lies outside [0, 2^31 - 1]");
+    if (len > dsa_cache_capacity(c)) return dsa__fail(ctx, DSA_ERR_TABLE, "cache: fewer pages than rows");
+    if (c->block_table)
+        for (b = 0; b < (len + c->page_size - 1) / c->page_size; b++)
+            if (c->block_table[b] < 0 || c->block_table[b] >= c->n_pages)
+                return dsa__fail(ctx, DSA_ERR_TABLE, "cache: the block table names a page outside the pool");
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_cache_check(const dsa_ctx *ctx, const dsa_cache *cache)
+{
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    if (!cache) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_cache_check: cache is NULL");
+    if (cache->kind != DSA_LATENT && cache->kind != DSA_INDEX_KEY) return dsa__fail(ctx, DSA_ERR_FORMAT, "dsa_cache_check: unknown kind");
+    return dsa__cache_check(ctx, cache, cache->kind, cache->len);
+}
+
+DSA_API dsa_status dsa_cache_view(const dsa_ctx *ctx, const dsa_cache_desc *desc, void *pool, int64_t n_pages, size_t page_stride,
+                                  const int32_t *block_table, int64_t n_blocks, int64_t len, dsa_cache *cache)
+{
+    dsa_cache c;
+    size_t page;
+    dsa_status st = dsa__cache_shape(ctx, desc, &c, &page);
+    if (st != DSA_OK) return st;
+    if (!cache || (!pool && n_pages > 0)) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_cache_view: pool or cache is NULL");
+    c.data = pool;
+    c.n_pages = n_pages;
+    c.block_table = block_table;
+    c.n_blocks = block_table ? n_blocks : n_pages;
+    if (page_stride) c.page_stride = page_stride;
+    c.len = len;
+    st = dsa__cache_check(ctx, &c, c.kind, len);
+    if (st == DSA_OK) *cache = c;
+    return st;
+}
+
+DSA_API dsa_status dsa_cache_truncate(const dsa_ctx *ctx, dsa_cache *cache, int64_t n_rows)
+{
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    if (!cache) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_cache_truncate: cache is NULL");
+    if (n_rows < 0 || n_rows > cache->len) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_cache_truncate: n_rows lies outside [0, len]");
+    cache->len = n_rows;
+    return DSA_OK;
+}
+
+static int64_t dsa__slot(const dsa_cache *c, int64_t position)
+{
+    return c->block_table ? (int64_t)c->block_table[position / c->page_size] * c->page_size + position % c->page_size : position;
+}
+
+static unsigned char *dsa__row_at(const dsa_cache *c, int64_t slot)
+{
+    return (unsigned char *)c->data + (size_t)(slot / c->page_size) * c->page_stride + (size_t)(slot % c->page_size) * c->row_stride;
+}
+
+static unsigned char *dsa__scale_at(const dsa_cache *c, int64_t slot)     /* planar pages */
+{
+    size_t page = (size_t)(slot / c->page_size), offset = 4 * (size_t)(slot % c->page_size);
+    if (c->scales) return (unsigned char *)c->scales + page * c->scale_page_stride + offset;
+    return (unsigned char *)c->data + page * c->page_stride + (size_t)c->page_size * c->row_stride + offset;
+}
+
+static void dsa__load_bf16(const unsigned char *p, int32_t n, float *x)
+{
+    int32_t i;
+    for (i = 0; i < n; i++) {
+        uint16_t b;
+        memcpy(&b, p + 2 * (size_t)i, 2);
+        x[i] = dsa_bf16_to_f32(b);
+    }
+}
+
+static void dsa__store_bf16(unsigned char *p, int32_t n, const float *x)
+{
+    int32_t i;
+    for (i = 0; i < n; i++) {
+        uint16_t b = dsa_f32_to_bf16(x[i]);
+        memcpy(p + 2 * (size_t)i, &b, 2);
+    }
+}
+
+/* Row at `slot` as f32 [dim + dim_rope]. Planar rows come unscaled with their scale beside (1 for all other formats). */
+static float dsa__load_row(const dsa_cache *c, int64_t slot, float *x)
+{
+    const unsigned char *p = dsa__row_at(c, slot);
+    int32_t i;
+    float s;
+    if (c->format == DSA_F32) {
+        memcpy(x, p, 4 * (size_t)(c->dim + c->dim_rope));
+    } else if (c->format == DSA_BF16) {
+        dsa__load_bf16(p, c->dim + c->dim_rope, x);
+    } else if (dsa__planar(c->kind, c->format)) {
+        if (c->format == DSA_FP8) for (i = 0; i < c->dim; i++) x[i] = dsa_e4m3_to_f32(p[i]);
+        else                      for (i = 0; i < c->dim; i++) x[i] = (float)(int8_t)p[i];
+        memcpy(&s, dsa__scale_at(c, slot), 4);
+        return s;
+    } else {                                             /* FP8 latent: R e4m3 | ceil(R/128) f32 scales | r bf16 (spec 6.1) */
+        const unsigned char *scales = p + c->dim;
+        for (i = 0; i < c->dim; i++) {
+            if (i % 128 == 0) memcpy(&s, scales + i / 128 * 4, 4);
+            x[i] = dsa_e4m3_to_f32(p[i]) * s;
+        }
+        dsa__load_bf16(scales + (c->dim + 127) / 128 * 4, c->dim_rope, x + c->dim);
+    }
+    return 1.0f;
+}
+
+static void dsa__store_row(const dsa_cache *c, int64_t slot, const float *x)
+{
+    unsigned char *p = dsa__row_at(c, slot);
+    float rotated[DSA_MAX_DIM_INDEX], s;
+    uint8_t y[128];
+    int32_t i, j;
+    if (c->hadamard) {
+        memcpy(rotated, x, 4 * (size_t)c->dim);
+        dsa__hadamard(rotated, c->dim);
+        x = rotated;
+    }
+    if (c->format == DSA_F32) {
+        memcpy(p, x, 4 * (size_t)(c->dim + c->dim_rope));
+    } else if (c->format == DSA_BF16) {
+        dsa__store_bf16(p, c->dim + c->dim_rope, x);
+    } else if (dsa__planar(c->kind, c->format)) {
+        s = c->format == DSA_FP8 ? dsa_quantize_e4m3(x, c->dim, p) : dsa_quantize_int8(x, c->dim, (int8_t *)p);
+        memcpy(dsa__scale_at(c, slot), &s, 4);
+    } else {                                             /* tile scale 2^ceil(log2(max(amax / 448, 1e-4))), as FlashMLA (spec 6.1) */
+        unsigned char *scales = p + c->dim;
+        for (i = 0; i < c->dim; i += 128) {
+            int32_t n = dsa__min32(128, c->dim - i);
+            s = dsa__amax(x + i, n) / 448.0f;
+            s = dsa_pow2_ceil(s > 1e-4f ? s : 1e-4f);
+            for (j = 0; j < n; j++) y[j] = dsa_f32_to_e4m3(x[i + j] / s);
+            memcpy(p + i, y, (size_t)n);
+            memcpy(scales + i / 128 * 4, &s, 4);
+        }
+        dsa__store_bf16(scales + (c->dim + 127) / 128 * 4, c->dim_rope, x + c->dim);
+    }
+}
+
+DSA_API dsa_status dsa_cache_read(const dsa_ctx *ctx, const dsa_cache *cache, int64_t begin, int64_t end, float *out)
+{
+    int64_t t, width;
+    int32_t i;
+    dsa_status st = dsa_cache_check(ctx, cache);
+    if (st != DSA_OK) return st;
+    if (begin < 0 || begin > end || end > cache->len) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_cache_read: not 0 <= begin <= end <= len");
+    if (begin < end && !out) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_cache_read: out is NULL");
+    width = (int64_t)cache->dim + cache->dim_rope;
+    for (t = begin; t < end; t++) {
+        float *x = out + (t - begin) * width, s = dsa__load_row(cache, dsa__slot(cache, t), x);
+        if (dsa__planar(cache->kind, cache->format)) for (i = 0; i < cache->dim; i++) x[i] *= s;
+    }
+    return DSA_OK;
+}
+
+/* ============================================================================================
+   >>validate                                 arguments, checked once at the edge
+   ============================================================================================ */
+
+static int64_t dsa__n_q(const dsa_seq *s) { return dsa__default32(s->n_q, 1); }
+
+/* Rows that a call may see. A caller who gives his own len is never asked for the cache's: an appender may be writing it. */
+static int64_t dsa__len(const dsa_seq *s, const dsa_cache *c) { return s->len == 0 ? c->len : (s->len == DSA_NONE ? 0 : s->len); }
+
+static dsa_status dsa__rows(const dsa_ctx *ctx, int32_t n_seqs, const dsa_seq *seqs, int64_t *n_rows)
+{
+    int32_t i;
+    *n_rows = 0;
+    if (n_seqs < 0) return dsa__fail(ctx, DSA_ERR_SHAPE, "n_seqs is negative");
+    if (n_seqs > 0 && !seqs) return dsa__fail(ctx, DSA_ERR_NULL, "seqs is NULL");
+    for (i = 0; i < n_seqs; i++) {
+        if (seqs[i].n_q < DSA_NONE) return dsa__fail(ctx, DSA_ERR_SHAPE, "seqs[].n_q is negative");
+        if (seqs[i].len < DSA_NONE) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "seqs[].len is negative");
+        *n_rows += dsa__n_q(&seqs[i]);
+    }
+    return *n_rows > DSA__MAX_POS ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "more than 2^31 - 1 rows in one call") : DSA_OK;
+}
+
+/* The batch's caches of one kind: present, sound, of the config's dims and all alike. */
+static dsa_status dsa__batch_check(const dsa_ctx *ctx, int32_t n_seqs, const dsa_seq *seqs, dsa_kind kind)
+{
+    const dsa_config *f = &ctx->config;
+    const dsa_cache *first = NULL;
+    int32_t i;
+    for (i = 0; i < n_seqs; i++) {
+        const dsa_cache *c = kind == DSA_LATENT ? seqs[i].latent : seqs[i].index;
+        dsa_status st;
+        if (!c) return dsa__fail(ctx, DSA_ERR_NULL, kind == DSA_LATENT ? "seqs[].latent is NULL" : "seqs[].index is NULL");
+        st = dsa__cache_check(ctx, c, kind, dsa__len(&seqs[i], c));
+        if (st != DSA_OK) return st;
+        if (!first) first = c;
+        if (kind == DSA_LATENT ? (c->dim != f->dim_latent || c->dim_rope != f->dim_rope) : c->dim != f->dim_index)
+            return dsa__fail(ctx, DSA_ERR_FORMAT, "a cache's dims differ from the config's");
+        if (kind == DSA_INDEX_KEY && f->hadamard != DSA_HADAMARD_AUTO && (c->hadamard != 0) != (f->hadamard == DSA_HADAMARD_ON))
+            return dsa__fail(ctx, DSA_ERR_FORMAT, "a cache's Hadamard flag differs from the config's");
+        if (c->format != first->format || (c->hadamard != 0) != (first->hadamard != 0))
+            return dsa__fail(ctx, DSA_ERR_FORMAT, "the caches of one call differ in format or Hadamard flag");
+    }
+    return DSA_OK;
+}
+
+static dsa_status dsa__arena_check(const dsa_ctx *ctx, const dsa__arena *a, const void *workspace, size_t size)
+{
+    if (a->overflow) return dsa__fail(ctx, DSA_ERR_OVERFLOW, "the workspace does not fit in size_t");
+    if (a->used == 0) return DSA_OK;
+    if (!workspace) return dsa__fail(ctx, DSA_ERR_NULL, "workspace is NULL");
+    return size < dsa__arena_bytes(a) ? dsa__fail(ctx, DSA_ERR_WORKSPACE, "workspace_size is smaller than the size query says") : DSA_OK;
+}
+
+/* Walks the rows of a batch in ascending order: which sequence a row belongs to and what it may see. */
+typedef struct dsa__cursor { const dsa_seq *seqs; int32_t seq; int64_t first; } dsa__cursor;
+
+/* Query i of its sequence (returned) is row `row` of the call; rows [0, *visible) of the sequence come before or at it. */
+static const dsa_seq *dsa__seek(dsa__cursor *c, int64_t row)
+{
+    while (row >= c->first + dsa__n_q(&c->seqs[c->seq])) c->first += dsa__n_q(&c->seqs[c->seq++]);
+    return &c->seqs[c->seq];
+}
+
+static int64_t dsa__visible(const dsa__cursor *c, const dsa_seq *s, const dsa_cache *cache, int64_t row)
+{
+    return dsa__max64(dsa__len(s, cache) - dsa__n_q(s) + (row - c->first) + 1, 0);
+}
+
+/* ============================================================================================
+   >>append                                   1. rows into the caches
+   ============================================================================================ */
+
+/* Checks that n_q rows fit behind every cache of a kind, and that no cache appears twice. Writes nothing. */
+static dsa_status dsa__append_check(const dsa_ctx *ctx, int32_t n_seqs, const dsa_seq *seqs, dsa_kind kind, const int64_t *slots)
+{
+    const dsa_config *f = &ctx->config;
+    int64_t row = 0, t;
+    int32_t i, j;
+    for (i = 0; i < n_seqs; i++) {
+        const dsa_cache *c = kind == DSA_LATENT ? seqs[i].latent : seqs[i].index;
+        int64_t n = dsa__n_q(&seqs[i]);
+        dsa_status st;
+        if (!c) return dsa__fail(ctx, DSA_ERR_NULL, kind == DSA_LATENT ? "append: seqs[].latent is NULL" : "append: seqs[].index is NULL");
+        if (kind == DSA_LATENT ? (c->dim != f->dim_latent || c->dim_rope != f->dim_rope) : c->dim != f->dim_index)
+            return dsa__fail(ctx, DSA_ERR_FORMAT, "append: a cache's dims differ from the config's");
+        if (kind == DSA_INDEX_KEY && f->hadamard != DSA_HADAMARD_AUTO && (c->hadamard != 0) != (f->hadamard == DSA_HADAMARD_ON))
+            return dsa__fail(ctx, DSA_ERR_FORMAT, "append: a cache's Hadamard flag differs from the config's");
+        st = dsa__cache_check(ctx, c, kind, c->len);
+        if (st != DSA_OK) return st;
+        if (slots) {
+            for (t = 0; t < n; t++)
+                if (slots[row + t] < -1 || slots[row + t] >= c->n_pages * c->page_size)
+                    return dsa__fail(ctx, DSA_ERR_TABLE, "append: a slot lies outside the pool");
+        } else {
+            if (n > dsa_cache_capacity(c) - c->len) return dsa__fail(ctx, DSA_ERR_CAPACITY, "append: a cache is full");
+            st = dsa__cache_check(ctx, c, kind, c->len + n);
+            if (st != DSA_OK) return st;
+            for (j = 0; j < i; j++)
+                if (n > 0 && dsa__n_q(&seqs[j]) > 0 && (kind == DSA_LATENT ? seqs[j].latent : seqs[j].index) == c)
+                    return dsa__fail(ctx, DSA_ERR_ARGUMENT, "append: the same cache appears twice in one call");
+        }
+        row += n;
+    }
+    return DSA_OK;
+}
+
+static void dsa__append_rows(dsa_cache *c, int64_t n, const float *x, const int64_t *slots)
+{
+    int64_t t, width = (int64_t)c->dim + c->dim_rope;
+    for (t = 0; t < n; t++) {
+        int64_t slot = slots ? slots[t] : dsa__slot(c, c->len + t);
+        if (slot >= 0) dsa__store_row(c, slot, x + t * width);
+    }
+    if (!slots) c->len += n;
+}
+
+DSA_API dsa_status dsa_append(const dsa_ctx *ctx, const dsa_append_args *a)
+{
+    int64_t n_rows, row = 0;
+    int32_t i;
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    if (!a) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_append: args is NULL");
+    st = dsa__rows(ctx, a->n_seqs, a->seqs, &n_rows);
+    if (st == DSA_OK && n_rows > 0 && !a->latent && !a->index_key)
+        st = dsa__fail(ctx, DSA_ERR_NULL, "dsa_append: both latent and index_key are NULL");
+    if (st == DSA_OK && a->latent) st = dsa__append_check(ctx, a->n_seqs, a->seqs, DSA_LATENT, a->slots);
+    if (st == DSA_OK && a->index_key) st = dsa__append_check(ctx, a->n_seqs, a->seqs, DSA_INDEX_KEY, a->slots);
+    if (st != DSA_OK) return st;
+    for (i = 0; i < a->n_seqs; i++) {
+        int64_t n = dsa__n_q(&a->seqs[i]);
+        const int64_t *slots = a->slots ? a->slots + row : NULL;
+        if (a->latent)
+            dsa__append_rows(a->seqs[i].latent, n, a->latent + row * ((int64_t)ctx->config.dim_latent + ctx->config.dim_rope), slots);
+        if (a->index_key)
+            dsa__append_rows(a->seqs[i].index, n, a->index_key + row * ctx->config.dim_index, slots);
+        row += n;
+    }
+    return DSA_OK;
+}
+
+/* ============================================================================================
+   >>score                                    2. and 3. index scores, selection, and both in one pass
+   ============================================================================================ */
+
+/* One task's scratch and the call it works on. */
+typedef struct dsa__score_task {
+    float *qt, *w, *head;                    /* the prepared query: [HI', D, LANES], [HI], one head row [D] */
+    float *k, *scale, *dots, *I;             /* a block of keys [BLOCK, D], [BLOCK]; [BLOCK, LANES]; scores [BLOCK] */
+    dsa__topk top;
+} dsa__score_task;
+
+typedef struct dsa__score_call {
+    const dsa_ctx *ctx;
+    const dsa_score_args *args;
+    const dsa_selection *out;                /* NULL: plain scores */
+    dsa_selection sel;                       /* *out with its defaults resolved */
+    dsa__score_task *tasks;                  /* [n_threads] */
+    int32_t n_heads, n_tasks;
+    int64_t n_rows;
+    float *scores;                           /* plain scores: [n_rows, stride] */
+    int64_t n_cols, stride;
+    int64_t row;                             /* the row whose keys are being split */
+} dsa__score_call;
+
+/* Resolves and checks; takes the scratch of all tasks from the arena. */
+static dsa_status dsa__score_plan(const dsa_ctx *ctx, const dsa_score_args *a, const dsa_selection *out,
+                                  dsa__arena *arena, dsa__score_call *call)
+{
+    int32_t t, D;
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    memset(call, 0, sizeof *call);
+    if (!a) return dsa__fail(ctx, DSA_ERR_NULL, "score: args is NULL");
+    call->ctx = ctx;
+    call->args = a;
+    call->out = out;
+    call->n_heads = a->n_index_heads ? a->n_index_heads : ctx->config.n_index_heads;
+    if (call->n_heads < 1 || call->n_heads > DSA_MAX_DIM) return dsa__fail(ctx, DSA_ERR_SHAPE, "score: n_index_heads");
+    st = dsa__rows(ctx, a->n_seqs, a->seqs, &call->n_rows);
+    if (st == DSA_OK) st = dsa__batch_check(ctx, a->n_seqs, a->seqs, DSA_INDEX_KEY);
+    if (st != DSA_OK) return st;
+    if (out) {
+        call->sel = *out;
+        if (call->sel.top_k == 0) call->sel.top_k = ctx->config.top_k;
+        if (call->sel.top_k < 1) return dsa__fail(ctx, DSA_ERR_SHAPE, "select: top_k is negative");
+        if (out->order != DSA_ORDER_INDEX && out->order != DSA_ORDER_RANK) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "select: unknown order");
+    }
+    D = ctx->config.dim_index;
+    call->n_tasks = ctx->config.n_threads;               /* of no length: an append between query and call changes no size */
+    call->tasks = (dsa__score_task *)dsa__take(arena, call->n_tasks, 1, sizeof *call->tasks);
+    for (t = 0; t < call->n_tasks; t++) {
+        dsa__score_task k;
+        memset(&k, 0, sizeof k);
+        k.qt    = (float *)dsa__take(arena, ((int64_t)call->n_heads + DSA__LANES - 1) / DSA__LANES * DSA__LANES, D, sizeof(float));
+        k.w     = (float *)dsa__take(arena, call->n_heads, 1, sizeof(float));
+        k.head  = (float *)dsa__take(arena, D, 1, sizeof(float));
+        k.k     = (float *)dsa__take(arena, DSA__BLOCK, D, sizeof(float));
+        k.scale = (float *)dsa__take(arena, DSA__BLOCK, 1, sizeof(float));
+        k.dots  = (float *)dsa__take(arena, DSA__BLOCK, DSA__LANES, sizeof(float));
+        k.I     = (float *)dsa__take(arena, DSA__BLOCK, 1, sizeof(float));
+        if (out) dsa__topk_take(arena, call->sel.top_k, &k.top);
+        if (arena->base && call->tasks) call->tasks[t] = k;
+    }
+    return arena->overflow ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "score: the workspace does not fit in size_t") : DSA_OK;
+}
+
+/* The same, with the caller's memory and the arguments that only the real call needs. */
+static dsa_status dsa__score_start(const dsa_ctx *ctx, const dsa_score_args *a, const dsa_selection *out, dsa__score_call *call)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    dsa_status st = dsa__score_plan(ctx, a, out, &arena, call);
+    if (st != DSA_OK) return st;
+    if (call->n_rows > 0 && (!a->q || !a->w)) return dsa__fail(ctx, DSA_ERR_NULL, "score: q or w is NULL");
+    if ((a->ks == NULL) != (a->ke == NULL)) return dsa__fail(ctx, DSA_ERR_NULL, "score: ks and ke go together");
+    if (out && call->n_rows > 0 && !out->indices) return dsa__fail(ctx, DSA_ERR_NULL, "select: indices is NULL");
+    st = dsa__arena_check(ctx, &arena, a->workspace, a->workspace_size);
+    if (st != DSA_OK) return st;
+    arena = dsa__arena_over(a->workspace);
+    return dsa__score_plan(ctx, a, out, &arena, call);
+}
+
+/* Row `row`'s cache and half-open key range. */
+static const dsa_cache *dsa__score_range(const dsa__score_call *call, dsa__cursor *cur, int64_t row, int64_t *ks, int64_t *ke)
+{
+    const dsa_seq *s = dsa__seek(cur, row);
+    int64_t len = dsa__len(s, s->index);
+    *ks = 0;
+    *ke = dsa__visible(cur, s, s->index, row);
+    if (call->args->ks) {
+        *ks = dsa__clamp64(call->args->ks[row], 0, len);
+        *ke = dsa__clamp64(call->args->ke[row], 0, len);
+    }
+    if (*ke < *ks) *ke = *ks;
+    return s->index;
+}
+
+/* Brings one query into the form of the key format (contracts: both sides are rounded alike), LANES heads side by side:
+   Hadamard when the keys have it; BF16 rounded; FP8 and INT8 quantised per head, the scale folded into w (spec 3.1). */
+static void dsa__score_query(const dsa__score_call *call, dsa__score_task *t, int64_t row, const dsa_cache *c)
+{
+    const float *q = call->args->q + row * call->n_heads * c->dim, *w = call->args->w + row * call->n_heads;
+    int32_t h, d, D = c->dim, padded = (call->n_heads + DSA__LANES - 1) / DSA__LANES * DSA__LANES;
+    uint8_t y[DSA_MAX_DIM_INDEX];
+    for (h = 0; h < padded; h++) {
+        float *lane = t->qt + (int64_t)(h / DSA__LANES) * D * DSA__LANES + h % DSA__LANES, s = 1.0f;
+        if (h >= call->n_heads) {
+            for (d = 0; d < D; d++) lane[(int64_t)d * DSA__LANES] = 0.0f;
+            continue;
+        }
+        memcpy(t->head, q + (int64_t)h * D, sizeof(float) * (size_t)D);
+        if (c->hadamard) dsa__hadamard(t->head, D);
+        if (c->format == DSA_BF16) {
+            for (d = 0; d < D; d++) t->head[d] = dsa_bf16_to_f32(dsa_f32_to_bf16(t->head[d]));
+        } else if (c->format == DSA_FP8) {
+            s = dsa_quantize_e4m3(t->head, D, y);
+            for (d = 0; d < D; d++) t->head[d] = dsa_e4m3_to_f32(y[d]);
+        } else if (c->format == DSA_INT8) {
+            s = dsa_quantize_int8(t->head, D, (int8_t *)y);
+            for (d = 0; d < D; d++) t->head[d] = (float)(int8_t)y[d];
+        }
+        for (d = 0; d < D; d++) lane[(int64_t)d * DSA__LANES] = t->head[d];
+        t->w[h] = w[h] * s;
+    }
+}
+
+/* Scores keys [begin, end) of a cache for the prepared query, block by block, into the running selection or into scores. */
+static void dsa__score_keys(const dsa__score_call *call, dsa__score_task *t, const dsa_cache *c, int64_t begin, int64_t end, float *scores)
+{
+    int planar = dsa__planar(c->kind, c->format);
+    int64_t at;
+    int32_t j, n;
+    for (at = begin; at < end; at += n) {
+        n = (int32_t)dsa__min64(DSA__BLOCK, end - at);
+        for (j = 0; j < n; j++) t->scale[j] = dsa__load_row(c, dsa__slot(c, at + j), t->k + (int64_t)j * c->dim);
+        call->ctx->kernels->score_block(n, call->n_heads, c->dim, t->qt, t->w, t->k, planar ? t->scale : NULL, t->dots, t->I);
+        if (scores) memcpy(scores + at, t->I, sizeof(float) * (size_t)n);
+        else dsa__topk_push(&t->top, t->I, n, at);
+    }
+}
+
+static void dsa__score_rows_task(void *arg, int32_t task)           /* whole rows, every n_tasks-th */
+{
+    dsa__score_call *call = (dsa__score_call *)arg;
+    dsa__score_task *t = &call->tasks[task];
+    dsa__cursor cur = { call->args->seqs, 0, 0 };
+    int64_t row, ks, ke, i;
+    for (row = task; row < call->n_rows; row += call->n_tasks) {
+        const dsa_cache *c = dsa__score_range(call, &cur, row, &ks, &ke);
+        if (!call->out) {
+            float *s = call->scores + row * call->stride;
+            for (i = 0; i < call->n_cols; i++) s[i] = -dsa__infinity();
+            ks = dsa__min64(ks, call->n_cols);
+            ke = dsa__min64(ke, call->n_cols);
+            dsa__score_query(call, t, row, c);
+            dsa__score_keys(call, t, c, ks, ke, s);
+            continue;
+        }
+        dsa__topk_begin(&t->top);
+        if (call->sel.order == DSA_ORDER_INDEX && !call->sel.scores && ke - ks <= call->sel.top_k) {
+            for (i = ks; i < ke; i++) t->top.i[t->top.n++] = (int32_t)i;              /* dense fallback: nothing to choose */
+        } else {
+            dsa__score_query(call, t, row, c);
+            dsa__score_keys(call, t, c, ks, ke, NULL);
+        }
+        dsa__topk_emit(&t->top, &call->sel, row);
+    }
+}
+
+static void dsa__score_split_task(void *arg, int32_t task)          /* the task-th part of one row's keys */
+{
+    dsa__score_call *call = (dsa__score_call *)arg;
+    dsa__score_task *t = &call->tasks[task];
+    dsa__cursor cur = { call->args->seqs, 0, 0 };
+    int64_t ks, ke, part;
+    const dsa_cache *c = dsa__score_range(call, &cur, call->row, &ks, &ke);
+    part = ((ke - ks) / DSA__BLOCK + 1 + call->n_tasks - 1) / call->n_tasks * DSA__BLOCK;
+    ke = dsa__min64(ke, ks + (task + 1) * part);
+    ks = dsa__min64(ke, ks + task * part);
+    dsa__score_query(call, t, call->row, c);
+    dsa__topk_begin(&t->top);
+    dsa__score_keys(call, t, c, ks, ke, NULL);
+    dsa__topk_compact(&t->top);
+}
+
+DSA_API dsa_status dsa_score_workspace(const dsa_ctx *ctx, const dsa_score_args *args, size_t *bytes)
+{
+    return dsa_score_select_workspace(ctx, args, NULL, bytes);
+}
+
+DSA_API dsa_status dsa_score_select_workspace(const dsa_ctx *ctx, const dsa_score_args *args, const dsa_selection *out, size_t *bytes)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    dsa__score_call call;
+    dsa_status st = dsa__score_plan(ctx, args, out, &arena, &call);
+    if (st != DSA_OK) return st;
+    if (!bytes) return dsa__fail(ctx, DSA_ERR_NULL, "score: bytes is NULL");
+    *bytes = dsa__arena_bytes(&arena);
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_score(const dsa_ctx *ctx, const dsa_score_args *args, float *scores, int64_t n_cols, int64_t stride)
+{
+    dsa__score_call call;
+    dsa_status st = dsa__score_start(ctx, args, NULL, &call);
+    if (st != DSA_OK) return st;
+    if (n_cols < 0 || stride < n_cols) return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_score: not 0 <= n_cols <= stride");
+    if (call.n_rows > 0 && n_cols > 0 && !scores) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_score: scores is NULL");
+    call.scores = scores;
+    call.n_cols = n_cols;
+    call.stride = stride;
+    call.n_tasks = (int32_t)dsa__min64(call.n_tasks, call.n_rows);
+    dsa__parallel(ctx, call.n_tasks, dsa__score_rows_task, &call);
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_score_select(const dsa_ctx *ctx, const dsa_score_args *args, const dsa_selection *out)
+{
+    dsa__score_call call;
+    dsa__cursor cur;
+    int64_t ks, ke;
+    int32_t t, n_tasks;
+    dsa_status st;
+    if (!out) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_score_select: out is NULL");
+    st = dsa__score_start(ctx, args, out, &call);
+    if (st != DSA_OK) return st;
+    if (call.n_rows >= call.n_tasks) {                   /* enough rows for everybody */
+        dsa__parallel(ctx, call.n_tasks, dsa__score_rows_task, &call);
+        return DSA_OK;
+    }
+    /* Fewer rows than threads: split each row's keys. The total order makes the union's top-k unique, so the parts do not matter. */
+    n_tasks = call.n_tasks;
+    cur.seqs = args->seqs;
+    cur.seq = 0;
+    cur.first = 0;
+    for (call.row = 0; call.row < call.n_rows; call.row++) {
+        (void)dsa__score_range(&call, &cur, call.row, &ks, &ke);
+        if (call.sel.order == DSA_ORDER_INDEX && !call.sel.scores && ke - ks <= call.sel.top_k) {
+            dsa__topk *top = &call.tasks[0].top;         /* dense fallback */
+            dsa__topk_begin(top);
+            for (; ks < ke; ks++) top->i[top->n++] = (int32_t)ks;
+        } else {
+            dsa__parallel(ctx, n_tasks, dsa__score_split_task, &call);
+            for (t = 1; t < n_tasks; t++) dsa__topk_join(&call.tasks[0].top, &call.tasks[t].top);
+        }
+        dsa__topk_emit(&call.tasks[0].top, &call.sel, call.row);
+    }
+    return DSA_OK;
+}
+
+/* ---- selection over stored scores ---------------------------------------------------------- */
+typedef struct dsa__select_call {
+    const dsa_select_args *args;
+    dsa_selection sel;
+    dsa__topk *tops;                         /* [n_tasks]; room for k entries each */
+    int32_t n_tasks;
+} dsa__select_call;
+
+static dsa_status dsa__select_plan(const dsa_ctx *ctx, const dsa_select_args *a, const dsa_selection *out, dsa__arena *arena, dsa__select_call *call)
+{
+    int32_t t;
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    memset(call, 0, sizeof *call);
+    if (!a || !out) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_select: args or out is NULL");
+    if (a->n_rows < 0 || a->n_cols < 0 || a->n_cols > a->stride || a->n_cols > DSA__MAX_POS)
+        return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_select: n_rows, or not 0 <= n_cols <= stride");
+    call->args = a;
+    call->sel = *out;
+    if (call->sel.top_k == 0) call->sel.top_k = ctx->config.top_k;
+    if (call->sel.top_k < 1) return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_select: top_k is negative");
+    if (out->order != DSA_ORDER_INDEX && out->order != DSA_ORDER_RANK) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_select: unknown order");
+    call->n_tasks = (int32_t)dsa__min64(ctx->config.n_threads, dsa__max64(a->n_rows, 1));
+    call->tops = (dsa__topk *)dsa__take(arena, call->n_tasks, 1, sizeof(dsa__topk));
+    for (t = 0; t < call->n_tasks; t++) {
+        dsa__topk top;
+        memset(&top, 0, sizeof top);
+        dsa__topk_take(arena, dsa__min64(call->sel.top_k, dsa__max64(a->n_cols, 1)), &top);
+        if (arena->base && call->tops) call->tops[t] = top;
+    }
+    return arena->overflow ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "dsa_select: the workspace does not fit in size_t") : DSA_OK;
+}
+
+/* The scores are all there, so their own cut is found first and one more pass collects. */
+static void dsa__select_task(void *arg, int32_t task)
+{
+    dsa__select_call *call = (dsa__select_call *)arg;
+    dsa__topk *top = &call->tops[task];
+    const dsa_select_args *a = call->args;
+    int64_t row, i, ks, ke, n_equal;
+    uint32_t cut;
+    for (row = task; row < a->n_rows; row += call->n_tasks) {
+        const float *s = a->scores + row * a->stride;
+        ks = a->ks ? dsa__clamp64(a->ks[row], 0, a->n_cols) : 0;
+        ke = a->ke ? dsa__clamp64(a->ke[row], 0, a->n_cols) : a->n_cols;
+        dsa__topk_begin(top);
+        if (ke > ks) dsa__topk_cut(s + ks, ke - ks, top->k, top->bins, &cut, &n_equal);
+        for (i = ks; i < ke; i++) {
+            uint32_t key = dsa__sort_key(s[i]);
+            if (key == 0 || key < cut || (key == cut && n_equal-- <= 0)) continue;
+            top->s[top->n] = s[i];
+            top->i[top->n++] = (int32_t)i;
+        }
+        dsa__topk_emit(top, &call->sel, row);
+    }
+}
+
+DSA_API dsa_status dsa_select_workspace(const dsa_ctx *ctx, const dsa_select_args *args, const dsa_selection *out, size_t *bytes)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    dsa__select_call call;
+    dsa_status st = dsa__select_plan(ctx, args, out, &arena, &call);
+    if (st != DSA_OK) return st;
+    if (!bytes) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_select: bytes is NULL");
+    *bytes = dsa__arena_bytes(&arena);
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_select(const dsa_ctx *ctx, const dsa_select_args *a, const dsa_selection *out)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    dsa__select_call call;
+    dsa_status st = dsa__select_plan(ctx, a, out, &arena, &call);
+    if (st != DSA_OK) return st;
+    if (a->n_rows > 0 && (!out->indices || (a->n_cols > 0 && !a->scores))) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_select: scores or indices is NULL");
+    if ((a->ks == NULL) != (a->ke == NULL)) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_select: ks and ke go together");
+    st = dsa__arena_check(ctx, &arena, a->workspace, a->workspace_size);
+    if (st != DSA_OK) return st;
+    arena = dsa__arena_over(a->workspace);
+    st = dsa__select_plan(ctx, a, out, &arena, &call);
+    if (st != DSA_OK) return st;
+    dsa__parallel(ctx, dsa__min64(call.n_tasks, a->n_rows), dsa__select_task, &call);
+    return DSA_OK;
+}
+
+/* ---- merging shards ------------------------------------------------------------------------ */
+static dsa_status dsa__merge_plan(const dsa_ctx *ctx, const dsa_merge_topk_args *a, const dsa_selection *out,
+                                  dsa__arena *arena, dsa_selection *sel, float **s, int32_t **x)
+{
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    if (!a || !out) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_merge_topk: args or out is NULL");
+    if (a->n_parts < 0 || a->k_in < 0 || a->n_rows < 0) return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_merge_topk: a count is negative");
+    *sel = *out;
+    if (sel->top_k == 0) sel->top_k = ctx->config.top_k;
+    if (sel->top_k < 1) return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_merge_topk: top_k is negative");
+    if (out->order != DSA_ORDER_INDEX && out->order != DSA_ORDER_RANK) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_merge_topk: unknown order");
+    *s = (float *)dsa__take(arena, a->n_parts, a->k_in, sizeof(float));
+    *x = (int32_t *)dsa__take(arena, a->n_parts, a->k_in, sizeof(int32_t));
+    return arena->overflow ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "dsa_merge_topk: the workspace does not fit in size_t") : DSA_OK;
+}
+
+DSA_API dsa_status dsa_merge_topk_workspace(const dsa_ctx *ctx, const dsa_merge_topk_args *args, const dsa_selection *out, size_t *bytes)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    dsa_selection sel;
+    float *s;
+    int32_t *x;
+    dsa_status st = dsa__merge_plan(ctx, args, out, &arena, &sel, &s, &x);
+    if (st != DSA_OK) return st;
+    if (!bytes) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_merge_topk: bytes is NULL");
+    *bytes = dsa__arena_bytes(&arena);
+    return DSA_OK;
+}
+
+/* A few thousand candidates a row: sorted outright, by rank, cut at k, and back into index order if that is wanted. */
+DSA_API dsa_status dsa_merge_topk(const dsa_ctx *ctx, const dsa_merge_topk_args *a, const dsa_selection *out)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    dsa_selection sel;
+    dsa__topk top;
+    int64_t row, j;
+    int32_t p;
+    dsa_status st;
+    memset(&top, 0, sizeof top);
+    st = dsa__merge_plan(ctx, a, out, &arena, &sel, &top.s, &top.i);
+    if (st != DSA_OK) return st;
+    if (a->n_rows > 0 && !out->indices) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_merge_topk: out->indices is NULL");
+    if (a->n_parts > 0 && (!a->indices || !a->scores)) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_merge_topk: indices or scores is NULL");
+    for (p = 0; p < a->n_parts; p++)
+        if (a->n_rows > 0 && a->k_in > 0 && (!a->indices[p] || !a->scores[p])) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_merge_topk: a part is NULL");
+    st = dsa__arena_check(ctx, &arena, a->workspace, a->workspace_size);
+    if (st != DSA_OK) return st;
+    arena = dsa__arena_over(a->workspace);
+    st = dsa__merge_plan(ctx, a, out, &arena, &sel, &top.s, &top.i);
+    if (st != DSA_OK) return st;
+    for (row = 0; row < a->n_rows; row++) {
+        top.n = 0;
+        for (p = 0; p < a->n_parts; p++)
+            for (j = row * a->k_in; j < (row + 1) * a->k_in; j++)
+                if (a->indices[p][j] >= 0 && dsa__selectable(a->scores[p][j])) {
+                    top.s[top.n] = a->scores[p][j];
+                    top.i[top.n++] = a->indices[p][j];
+                }
+        dsa__pairs_sort(top.s, top.i, top.n, 1);
+        top.n = top.k = dsa__min64(top.n, sel.top_k);
+        if (sel.order == DSA_ORDER_INDEX) dsa__pairs_sort(top.s, top.i, top.n, 0);
+        dsa__topk_emit(&top, &sel, row);
+    }
+    return DSA_OK;
+}
+
+/* ============================================================================================
+   >>attend                                   4. attention over what was selected, as an accumulator
+   ============================================================================================
+   Work is cut into units of one row and up to DSA__HEADS heads: the heads that share one expansion of the rows to f32. Within
+   a unit the rows are taken in blocks of DSA__BLOCK valid entries from the start of the list or range, so the bits depend on
+   nothing else. */
+
+#define DSA__HEADS 32
+
+typedef struct dsa__attend_task { float *qt, *kv, *x; int64_t *slots; } dsa__attend_task;
+
+typedef struct dsa__attend_call {
+    const dsa_ctx *ctx;
+    const dsa_attend_args *args;
+    dsa_attend_state state;                  /* with its defaults resolved */
+    dsa__attend_task *tasks;
+    int32_t n_tasks, dim_qk;
+    int64_t n_groups, n_indices, index_stride;
+    float scale;
+} dsa__attend_call;
+
+static dsa_status dsa__state_check(const dsa_ctx *ctx, const dsa_attend_state *state, dsa_attend_state *s)
+{
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    if (!state) return dsa__fail(ctx, DSA_ERR_NULL, "attend: state is NULL");
+    *s = *state;
+    if (s->n_heads == 0) s->n_heads = ctx->config.n_heads;
+    if (s->dim_v == 0) s->dim_v = ctx->config.dim_latent;
+    if (s->n_rows < 0 || s->n_rows > DSA__MAX_POS || s->n_heads < 1 || s->n_heads > DSA_MAX_DIM || s->dim_v < 1 || s->dim_v > DSA_MAX_DIM)
+        return dsa__fail(ctx, DSA_ERR_SHAPE, "attend: state.n_rows, n_heads or dim_v");
+    return DSA_OK;
+}
+
+static dsa_status dsa__state_pointers(const dsa_ctx *ctx, const dsa_attend_state *s)
+{
+    return s->n_rows > 0 && (!s->max || !s->sum || !s->out) ? dsa__fail(ctx, DSA_ERR_NULL, "attend: state.max, sum or out is NULL") : DSA_OK;
+}
+
+DSA_API dsa_status dsa_attend_begin(const dsa_ctx *ctx, const dsa_attend_state *state)
+{
+    dsa_attend_state s;
+    int64_t i, n;
+    dsa_status st = dsa__state_check(ctx, state, &s);
+    if (st == DSA_OK) st = dsa__state_pointers(ctx, &s);
+    if (st != DSA_OK) return st;
+    n = s.n_rows * s.n_heads;
+    for (i = 0; i < n; i++) { s.max[i] = -dsa__infinity(); s.sum[i] = 0.0f; }
+    for (i = 0; i < n * s.dim_v; i++) s.out[i] = 0.0f;
+    return DSA_OK;
+}
+
+static dsa_status dsa__attend_plan(const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state,
+                                   dsa__arena *arena, dsa__attend_call *call)
+{
+    int64_t n_rows;
+    int32_t t;
+    dsa_status st;
+    memset(call, 0, sizeof *call);
+    st = dsa__state_check(ctx, state, &call->state);
+    if (st != DSA_OK) return st;
+    if (!a) return dsa__fail(ctx, DSA_ERR_NULL, "attend: args is NULL");
+    call->ctx = ctx;
+    call->args = a;
+    call->scale = a->scale == 0.0f ? ctx->config.softmax_scale : a->scale;
+    call->dim_qk = ctx->config.dim_latent + ctx->config.dim_rope;
+    call->n_indices = a->n_indices ? a->n_indices : ctx->config.top_k;
+    call->index_stride = a->index_stride ? a->index_stride : call->n_indices;
+    if (call->state.dim_v > call->dim_qk) return dsa__fail(ctx, DSA_ERR_SHAPE, "attend: dim_v is wider than a cache row");
+    if (call->scale != call->scale || call->scale > FLT_MAX || call->scale < -FLT_MAX)
+        return dsa__fail(ctx, DSA_ERR_ARGUMENT, "attend: scale is not finite");
+    if (call->n_indices < 0 || call->index_stride < call->n_indices)
+        return dsa__fail(ctx, DSA_ERR_SHAPE, "attend: not 0 <= n_indices <= index_stride");
+    if (a->what != DSA_ATTEND_LIST && a->what != DSA_ATTEND_RANGE && a->what != DSA_ATTEND_VISIBLE)
+        return dsa__fail(ctx, DSA_ERR_ARGUMENT, "attend: unknown what");
+    if (a->index_kind != DSA_LOGICAL && a->index_kind != DSA_PHYSICAL) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "attend: unknown index_kind");
+    st = dsa__rows(ctx, a->n_seqs, a->seqs, &n_rows);
+    if (st == DSA_OK) st = dsa__batch_check(ctx, a->n_seqs, a->seqs, DSA_LATENT);
+    if (st != DSA_OK) return st;
+    if (n_rows != call->state.n_rows) return dsa__fail(ctx, DSA_ERR_SHAPE, "attend: state.n_rows differs from the rows of seqs");
+    call->n_groups = (call->state.n_heads + DSA__HEADS - 1) / DSA__HEADS;
+    call->n_tasks = (int32_t)dsa__min64(ctx->config.n_threads, dsa__max64(n_rows * call->n_groups, 1));
+    call->tasks = (dsa__attend_task *)dsa__take(arena, call->n_tasks, 1, sizeof *call->tasks);
+    for (t = 0; t < call->n_tasks; t++) {
+        dsa__attend_task k;
+        k.qt    = (float *)dsa__take(arena, DSA__HEADS, call->dim_qk, sizeof(float));
+        k.kv    = (float *)dsa__take(arena, DSA__BLOCK, call->dim_qk, sizeof(float));
+        k.x     = (float *)dsa__take(arena, DSA__BLOCK, DSA__LANES, sizeof(float));
+        k.slots = (int64_t *)dsa__take(arena, DSA__BLOCK, 1, sizeof(int64_t));
+        if (arena->base && call->tasks) call->tasks[t] = k;
+    }
+    return arena->overflow ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "attend: the workspace does not fit in size_t") : DSA_OK;
+}
+
+/* Adds the n rows named by t->slots to `heads` heads, the first of which is (row, head). */
+static void dsa__attend_flush(const dsa__attend_call *call, dsa__attend_task *t, const dsa_cache *c, int64_t row, int32_t head, int32_t heads, int32_t n)
+{
+    const dsa_attend_state *s = &call->state;
+    int32_t j, h;
+    for (j = 0; j < n; j++) (void)dsa__load_row(c, t->slots[j], t->kv + (int64_t)j * call->dim_qk);
+    for (h = 0; h < heads; h += DSA__LANES) {
+        int64_t at = row * s->n_heads + head + h;
+        call->ctx->kernels->attend_block(n, dsa__min32(DSA__LANES, heads - h), call->dim_qk, s->dim_v, call->scale,
+                                         t->qt + (int64_t)h * call->dim_qk, t->kv, t->x, s->max + at, s->sum + at, s->out + at * s->dim_v);
+    }
+}
+
+static void dsa__attend_task_run(void *arg, int32_t task)
+{
+    dsa__attend_call *call = (dsa__attend_call *)arg;
+    dsa__attend_task *t = &call->tasks[task];
+    const dsa_attend_args *a = call->args;
+    dsa__cursor cur = { a->seqs, 0, 0 };
+    int64_t unit, n_units = call->state.n_rows * call->n_groups, i;
+    int32_t h, d;
+    for (unit = task; unit < n_units; unit += call->n_tasks) {
+        int64_t row = unit / call->n_groups, len, begin, end;
+        int32_t head = (int32_t)(unit % call->n_groups) * DSA__HEADS, heads = dsa__min32(DSA__HEADS, call->state.n_heads - head), n = 0;
+        const dsa_seq *seq = dsa__seek(&cur, row);
+        const dsa_cache *c = seq->latent;
+        const float *q = a->q + (row * call->state.n_heads + head) * call->dim_qk;
+        len = dsa__len(seq, c);
+        for (h = 0; h < (heads + DSA__LANES - 1) / DSA__LANES * DSA__LANES; h++) {     /* heads side by side, absent ones zero */
+            float *lane = t->qt + (int64_t)(h / DSA__LANES) * call->dim_qk * DSA__LANES + h % DSA__LANES;
+            for (d = 0; d < call->dim_qk; d++) lane[(int64_t)d * DSA__LANES] = h < heads ? q[(int64_t)h * call->dim_qk + d] : 0.0f;
+        }
+        begin = 0;
+        end = a->what == DSA_ATTEND_VISIBLE ? dsa__visible(&cur, seq, c, row) : call->n_indices;
+        if (a->what == DSA_ATTEND_LIST && a->counts) end = dsa__clamp64(a->counts[row], 0, call->n_indices);
+        if (a->what == DSA_ATTEND_RANGE) {
+            begin = dsa__clamp64(a->ks[row], 0, len);
+            end = dsa__clamp64(a->ke[row], 0, len);
+        }
+        for (i = begin; i < end; i++) {
+            int64_t position = a->what == DSA_ATTEND_LIST ? a->indices[row * call->index_stride + i] : i;
+            if (a->what == DSA_ATTEND_LIST && a->index_kind == DSA_PHYSICAL) {
+                if (position < 0 || position >= c->n_pages * c->page_size) continue;
+                t->slots[n++] = position;
+            } else {
+                if (position < 0 || position >= len) continue;
+                t->slots[n++] = dsa__slot(c, position);
+            }
+            if (n == DSA__BLOCK) {
+                dsa__attend_flush(call, t, c, row, head, heads, n);
+                n = 0;
+            }
+        }
+        if (n > 0) dsa__attend_flush(call, t, c, row, head, heads, n);
+    }
+}
+
+DSA_API dsa_status dsa_attend_workspace(const dsa_ctx *ctx, const dsa_attend_args *args, const dsa_attend_state *state, size_t *bytes)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    dsa__attend_call call;
+    dsa_status st = dsa__attend_plan(ctx, args, state, &arena, &call);
+    if (st != DSA_OK) return st;
+    if (!bytes) return dsa__fail(ctx, DSA_ERR_NULL, "attend: bytes is NULL");
+    *bytes = dsa__arena_bytes(&arena);
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_attend_add(const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    dsa__attend_call call;
+    dsa_status st = dsa__attend_plan(ctx, a, state, &arena, &call);
+    if (st == DSA_OK) st = dsa__state_pointers(ctx, &call.state);
+    if (st != DSA_OK) return st;
+    if (call.state.n_rows > 0) {
+        if (!a->q) return dsa__fail(ctx, DSA_ERR_NULL, "attend: q is NULL");
+        if (a->what == DSA_ATTEND_LIST && !a->indices) return dsa__fail(ctx, DSA_ERR_NULL, "attend: indices is NULL");
+        if (a->what == DSA_ATTEND_RANGE && (!a->ks || !a->ke)) return dsa__fail(ctx, DSA_ERR_NULL, "attend: ks or ke is NULL");
+    }
+    st = dsa__arena_check(ctx, &arena, a->workspace, a->workspace_size);
+    if (st != DSA_OK) return st;
+    arena = dsa__arena_over(a->workspace);
+    st = dsa__attend_plan(ctx, a, state, &arena, &call);
+    if (st != DSA_OK) return st;
+    dsa__parallel(ctx, dsa__min64(call.n_tasks, call.state.n_rows * call.n_groups), dsa__attend_task_run, &call);
+    return DSA_OK;
+}
+
+/* out = (acc / sum) e^L / (e^L + e^z), L = max + ln sum (spec 5.1) */
+DSA_API dsa_status dsa_attend_finish(const dsa_ctx *ctx, const dsa_attend_state *state, const float *sinks,
+                                     float *out, float *lse, float *max_logit)
+{
+    dsa_attend_state s;
+    int64_t i, n;
+    int32_t d;
+    dsa_status st = dsa__state_check(ctx, state, &s);
+    if (st == DSA_OK) st = dsa__state_pointers(ctx, &s);
+    if (st != DSA_OK) return st;
+    if (s.n_rows > 0 && !out) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_attend_finish: out is NULL");
+    n = s.n_rows * s.n_heads;
+    for (i = 0; i < n; i++) {
+        const float *acc = s.out + i * s.dim_v;
+        float *o = out + i * s.dim_v, sum = s.sum[i], max = s.max[i], f = 0.0f, z = sinks ? sinks[i % s.n_heads] : -dsa__infinity();
+        int empty = sum == 0.0f;
+        if (!empty) {
+            if (z == -dsa__infinity()) f = 1.0f / sum;
+            else if (z <= max) f = 1.0f / (sum + dsa__exp(z - max));
+            else f = dsa__exp(max - z) / (sum * dsa__exp(max - z) + 1.0f);             /* z = +inf: 0 */
+        }
+        for (d = 0; d < s.dim_v; d++) o[d] = empty ? 0.0f : acc[d] * f;
+        if (max_logit) max_logit[i] = max;
+        if (lse) lse[i] = empty ? dsa__infinity() : max + (float)log((double)sum);
+    }
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_attend_partial(const dsa_ctx *ctx, const dsa_attend_state *state, float *out, float *lse)
+{
+    dsa_attend_state s;
+    int64_t i;
+    dsa_status st;
+    if (!lse) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_attend_partial: lse is NULL");
+    st = dsa__state_check(ctx, state, &s);
+    if (st == DSA_OK) st = dsa_attend_finish(ctx, state, NULL, out, lse, NULL);
+    if (st != DSA_OK) return st;
+    for (i = 0; i < s.n_rows * s.n_heads; i++)
+        if (s.sum[i] == 0.0f) lse[i] = -dsa__infinity();
+    return DSA_OK;
+}
+
+/* out = Sum_p e^(lse_p - M) out_p / (Sum_p e^(lse_p - M) + e^(z - M)), M = max(lse_p, z)  (spec 5.3, natural base) */
+DSA_API dsa_status dsa_attend_merge(const dsa_ctx *ctx, int32_t n_parts, const float *const *outs, const float *const *lses,
+                                    int64_t n_rows, int32_t n_heads, int32_t dim_v, const float *sinks, float *out, float *lse)
+{
+    const float none = -dsa__infinity();
+    int64_t i;
+    int32_t p, d;
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    if (n_parts < 0 || n_rows < 0 || n_rows > DSA__MAX_POS || n_heads < 1 || n_heads > DSA_MAX_DIM || dim_v < 1 || dim_v > DSA_MAX_DIM)
+        return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_attend_merge: a count or dim");
+    if (n_rows > 0 && (!out || (n_parts > 0 && (!outs || !lses)))) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_attend_merge: outs, lses or out is NULL");
+    for (p = 0; p < n_parts; p++)
+        if (n_rows > 0 && (!outs[p] || !lses[p])) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_attend_merge: a part is NULL");
+    for (i = 0; i < n_rows * n_heads; i++) {
+        float max = none, sum = 0.0f, total, z = sinks ? sinks[i % n_heads] : none, top, *o = out + i * dim_v;
+        for (p = 0; p < n_parts; p++) if (lses[p][i] > max) max = lses[p][i];
+        top = z > max ? z : max;
+        for (p = 0; p < n_parts; p++) if (lses[p][i] != none) sum += dsa__exp(lses[p][i] - max);
+        for (d = 0; d < dim_v; d++) o[d] = 0.0f;
+        if (lse) lse[i] = sum == 0.0f ? dsa__infinity() : max + (float)log((double)sum);
+        if (sum == 0.0f || z == dsa__infinity()) continue;
+        total = sum * dsa__exp(max - top) + (z == none ? 0.0f : dsa__exp(z - top));
+        for (p = 0; p < n_parts; p++) {
+            float f = lses[p][i] == none ? 0.0f : dsa__exp(lses[p][i] - top) / total;
+            if (f != 0.0f) for (d = 0; d < dim_v; d++) o[d] += f * outs[p][i * dim_v + d];
+        }
+    }
+    return DSA_OK;
+}
+
+/* ============================================================================================
+   >>step                                     append, score, select and attend in one call
+   ============================================================================================ */
+
+typedef struct dsa__step_call {
+    dsa_append_args append;
+    dsa_score_args score;
+    dsa_selection sel;
+    dsa_attend_args attend;
+    dsa_attend_state state;
+} dsa__step_call;
+
+/* The calls that a step is, their scratch from one arena. Scoring and attention share theirs: they follow each other. */
+static dsa_status dsa__step_plan(const dsa_ctx *ctx, const dsa_step_args *a, dsa__arena *arena, dsa__step_call *c)
+{
+    size_t score_bytes = 0, attend_bytes = 0;
+    int32_t i;
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    memset(c, 0, sizeof *c);
+    if (!a) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_step: args is NULL");
+    if ((a->latent == NULL) != (a->index_key == NULL)) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_step: latent and index_key go together");
+    st = dsa__rows(ctx, a->n_seqs, a->seqs, &c->state.n_rows);
+    if (st != DSA_OK) return st;
+    for (i = 0; a->latent && i < a->n_seqs; i++)
+        if (a->seqs[i].len != 0) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_step: seqs[].len must be 0 when rows are appended");
+    c->append.n_seqs = c->score.n_seqs = c->attend.n_seqs = a->n_seqs;
+    c->append.seqs = c->score.seqs = c->attend.seqs = a->seqs;
+    c->append.latent = a->latent;
+    c->append.index_key = a->index_key;
+    c->score.q = a->index_q;
+    c->score.w = a->index_w;
+    c->sel.top_k = a->top_k ? a->top_k : ctx->config.top_k;
+    if (c->sel.top_k < 1) return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_step: top_k is negative");
+    c->sel.indices = (int32_t *)dsa__take(arena, a->indices ? 0 : c->state.n_rows, c->sel.top_k, sizeof(int32_t));
+    if (a->indices) c->sel.indices = a->indices;
+    c->state.n_heads = ctx->config.n_heads;
+    c->state.dim_v = ctx->config.dim_latent;
+    c->state.max = (float *)dsa__take(arena, c->state.n_rows, c->state.n_heads, sizeof(float));
+    c->state.sum = (float *)dsa__take(arena, c->state.n_rows, c->state.n_heads, sizeof(float));
+    c->state.out = a->out;
+    c->attend.q = a->q;
+    c->attend.scale = a->scale;
+    c->attend.indices = c->sel.indices;
+    c->attend.n_indices = c->sel.top_k;
+    st = dsa_score_select_workspace(ctx, &c->score, &c->sel, &score_bytes);
+    if (st == DSA_OK) st = dsa_attend_workspace(ctx, &c->attend, &c->state, &attend_bytes);
+    if (st != DSA_OK) return st;
+    c->score.workspace_size = c->attend.workspace_size = score_bytes > attend_bytes ? score_bytes : attend_bytes;
+    c->score.workspace = c->attend.workspace = dsa__take(arena, 1, (int64_t)c->score.workspace_size, 1);
+    return arena->overflow ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "dsa_step: the workspace does not fit in size_t") : DSA_OK;
+}
+
+DSA_API dsa_status dsa_step_workspace(const dsa_ctx *ctx, const dsa_step_args *args, size_t *bytes)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    dsa__step_call c;
+    dsa_status st = dsa__step_plan(ctx, args, &arena, &c);
+    if (st != DSA_OK) return st;
+    if (!bytes) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_step: bytes is NULL");
+    *bytes = dsa__arena_bytes(&arena);
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_step(const dsa_ctx *ctx, const dsa_step_args *a)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    dsa__step_call c;
+    dsa_status st = dsa__step_plan(ctx, a, &arena, &c);
+    if (st != DSA_OK) return st;
+    if (c.state.n_rows == 0) return DSA_OK;
+    if (!a->q || !a->index_q || !a->index_w || !a->out) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_step: q, index_q, index_w or out is NULL");
+    st = dsa__arena_check(ctx, &arena, a->workspace, a->workspace_size);
+    if (st == DSA_OK && a->latent) st = dsa__append_check(ctx, a->n_seqs, a->seqs, DSA_LATENT, NULL);
+    if (st == DSA_OK && a->latent) st = dsa__append_check(ctx, a->n_seqs, a->seqs, DSA_INDEX_KEY, NULL);
+    if (st != DSA_OK) return st;                         /* from here on nothing can fail */
+    arena = dsa__arena_over(a->workspace);
+    st = dsa__step_plan(ctx, a, &arena, &c);
+    if (st == DSA_OK && a->latent) st = dsa_append(ctx, &c.append);
+    if (st == DSA_OK) st = dsa_score_select(ctx, &c.score, &c.sel);
+    if (st == DSA_OK) st = dsa_attend_begin(ctx, &c.state);
+    if (st == DSA_OK) st = dsa_attend_add(ctx, &c.attend, &c.state);
+    if (st == DSA_OK) st = dsa_attend_finish(ctx, &c.state, a->sinks, a->out, a->lse, NULL);
+    return st;
+}
+
+/* ============================================================================================
+   >>layer                                    5. one attention layer, hidden states in and out
+   ============================================================================================
+   The forward pass of DeepSeek-V3.2 and GLM-5 (spec 2, 3.1) in its absorbed form, tile after tile of DSA_LAYER_TILE rows:
+
+     qr    = RMSNorm(W_qa x)                    q = W_qb qr -> [H, nope | rope], rope part rotated
+     c     = RMSNorm((W_kva x)[0:R])            k_pe = RoPE((W_kva x)[R:])                        -> latent cache
+     k_I   = RoPE(LayerNorm(W_k x))                                                               -> index-key cache
+     q_I   = RoPE(W_qb_I qr)                    w = (W_w x) HI^-0.5 D^-0.5
+     S     = the k best rows by eq. (1)
+     q_lat = W_UK^T q_nope                      o_lat = attention of [q_lat | q_pe] over S
+     y     = W_o concat_h(W_UV o_lat)
+
+   The indexer reads the normalised qr (feeding it W_qa x is a known fault, spec 10 #3). */
+
+static int64_t dsa__type_bytes(dsa_type type) { return type == DSA_F32 ? 4 : (type == DSA_FP8 ? 1 : 2); }
+
+/* Columns of row `row` of a weight [.., in] as f32. */
+static void dsa__weight_row(const dsa_tensor *w, int64_t row, int64_t in, float *x)
+{
+    const unsigned char *p = (const unsigned char *)w->data + (size_t)(row * in * dsa__type_bytes(w->type));
+    int64_t i;
+    if (w->type == DSA_F32) {
+        memcpy(x, p, 4 * (size_t)in);
+    } else if (w->type == DSA_BF16) {
+        dsa__load_bf16(p, (int32_t)in, x);
+    } else if (w->type == DSA_F16) {
+        for (i = 0; i < in; i++) { uint16_t b; memcpy(&b, p + 2 * i, 2); x[i] = dsa_f16_to_f32(b); }
+    } else {                                             /* FP8: 128 x 128 blocks share a scale, the last ones partial */
+        const unsigned char *scale = (const unsigned char *)w->scale_inv + 4 * (size_t)(row / 128 * ((in + 127) / 128));
+        float s = 0.0f;
+        for (i = 0; i < in; i++) {
+            if (i % 128 == 0) memcpy(&s, scale + i / 128 * 4, 4);
+            x[i] = dsa_e4m3_to_f32(p[i]) * s;
+        }
+    }
+}
+
+typedef struct dsa__gemm_call {                          /* y[t][o] = Sum_i x[t][i] W[first + o][i] */
+    const dsa_ctx *ctx;
+    const dsa_tensor *w;
+    const float *x;
+    float *y, *scratch;                                  /* scratch: per task [in] + [in, LANES] + [TILE, LANES] */
+    int64_t n, in, n_out, ldx, ldy, first, scratch_stride;
+    /* absorbed projections: one head after the other, rows first + h * rows_per_head of W */
+    int64_t n_heads, rows_per_head, head_x, head_y;
+} dsa__gemm_call;
+
+/* Every n_tasks-th block of LANES output channels, of every head. */
+static void dsa__gemm_task(void *arg, int32_t task)
+{
+    dsa__gemm_call *g = (dsa__gemm_call *)arg;
+    float *row = g->scratch + task * g->scratch_stride, *bt = row + g->in, *c = bt + g->in * DSA__LANES;
+    int64_t blocks = (g->n_out + DSA__LANES - 1) / DSA__LANES, unit, i, j, t;
+    int32_t n_tasks = (int32_t)dsa__min64(g->ctx->config.n_threads, blocks * g->n_heads);
+    for (unit = task; unit < blocks * g->n_heads; unit += n_tasks) {
+        int64_t head = unit / blocks, o = unit % blocks * DSA__LANES, lanes = dsa__min64(DSA__LANES, g->n_out - o);
+        for (j = 0; j < DSA__LANES; j++) {
+            if (j < lanes) dsa__weight_row(g->w, g->first + head * g->rows_per_head + o + j, g->in, row);
+            for (i = 0; i < g->in; i++) bt[i * DSA__LANES + j] = j < lanes ? row[i] : 0.0f;
+        }
+        g->ctx->kernels->dots((int32_t)g->n, (int32_t)g->in, g->x + head * g->head_x, g->ldx, bt, c);
+        for (t = 0; t < g->n; t++)
+            memcpy(g->y + t * g->ldy + head * g->head_y + o, c + t * DSA__LANES, sizeof(float) * (size_t)lanes);
+    }
+}
+
+/* The other direction, y[t][h][i] = Sum_o x[t][h][o] W[first + h rows_per_head + o][i]: W_UK^T q_nope. A unit is one head. */
+static void dsa__gemm_transposed_task(void *arg, int32_t task)
+{
+    dsa__gemm_call *g = (dsa__gemm_call *)arg;
+    float *row = g->scratch + task * g->scratch_stride;
+    int64_t head, o, t;
+    int32_t n_tasks = (int32_t)dsa__min64(g->ctx->config.n_threads, g->n_heads);
+    for (head = task; head < g->n_heads; head += n_tasks) {
+        for (t = 0; t < g->n; t++) memset(g->y + t * g->ldy + head * g->head_y, 0, sizeof(float) * (size_t)g->in);
+        for (o = 0; o < g->n_out; o++) {
+            dsa__weight_row(g->w, g->first + head * g->rows_per_head + o, g->in, row);
+            for (t = 0; t < g->n; t++)
+                g->ctx->kernels->axpys(1, (int32_t)g->in, g->x + t * g->ldx + head * g->head_x + o, 1, row, 0,
+                                       g->y + t * g->ldy + head * g->head_y);
+        }
+    }
+}
+
+#define DSA__PANEL 64                                    /* weight rows expanded per call of the GEMM hook */
+
+/* y [n, n_out] = x [n, in] W^T for a whole weight: the hook's, panel by panel, or ours. */
+static void dsa__project(dsa__gemm_call g, const dsa_tensor *w, const float *x, int64_t in, int64_t n_out, float *y)
+{
+    const dsa_config *f = &g.ctx->config;
+    int64_t o, j;
+    g.w = w; g.x = x; g.y = y; g.in = in; g.n_out = n_out; g.ldx = in; g.ldy = n_out; g.n_heads = 1;
+    if (!f->gemm) {
+        dsa__parallel(g.ctx, (n_out + DSA__LANES - 1) / DSA__LANES, dsa__gemm_task, &g);
+        return;
+    }
+    for (o = 0; o < n_out; o += DSA__PANEL) {
+        int64_t rows = dsa__min64(DSA__PANEL, n_out - o);
+        for (j = 0; j < rows; j++) dsa__weight_row(w, o + j, in, g.scratch + j * in);
+        f->gemm(f->gemm_user, g.n, rows, in, x, in, g.scratch, in, y + o, n_out);
+    }
+}
+
+/* What a layer call works with: scratch for one tile. Shapes with n <= DSA_LAYER_TILE rows. */
+typedef struct dsa__layer_call {
+    int64_t n_rows, dim_q, dim_qk;
+    int has_indexer;
+    float *q_norm, *kv_norm, *k_norm, *k_bias;           /* gains as f32 */
+    float *qr, *q, *kv, *key;                            /* [n, q_lora] [n, H (nope + rope)] [n, R + r] [n, D] */
+    float *index_q, *index_w;                            /* [n, HI D] [n, HI] */
+    float *q_abs, *o_lat, *o;                            /* [n, H (R + r)] [n, H R] [n, H v] */
+    float *max, *sum;                                    /* [n, H] */
+    int32_t *indices;                                    /* [n, k] */
+    int64_t *positions, *ks, *ke;                        /* [n] */
+    dsa_seq *seqs;                                       /* [n] the tile's sequences */
+    float *gemm;
+    int64_t gemm_stride;
+    void *shared;                                        /* scoring, then attention */
+    size_t shared_size;
+} dsa__layer_call;
+
+static dsa_status dsa__tensor_check(const dsa_ctx *ctx, const dsa_tensor *w, const char *text)
+{
+    if (!w->data || (w->type == DSA_FP8 && !w->scale_inv)) return dsa__fail(ctx, DSA_ERR_NULL, text);
+    if (w->type != DSA_F32 && w->type != DSA_BF16 && w->type != DSA_F16 && w->type != DSA_FP8) return dsa__fail(ctx, DSA_ERR_FORMAT, text);
+    return DSA_OK;
+}
+
+static dsa_status dsa__layer_plan(const dsa_ctx *ctx, const dsa_layer_args *a, dsa__arena *arena, dsa__layer_call *c)
+{
+    const dsa_config *f = &ctx->config;
+    const dsa_layer_weights *w;
+    int64_t n, widest, H;
+    int32_t i;
+    size_t score_bytes = 0, attend_bytes = 0;
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    memset(c, 0, sizeof *c);
+    if (!a || !a->weights) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_layer: args or weights is NULL");
+    w = a->weights;
+    st = dsa__rows(ctx, a->n_seqs, a->seqs, &c->n_rows);
+    if (st == DSA_OK) st = dsa__tensor_check(ctx, &w->q_a, "dsa_layer: weight q_a");
+    if (st == DSA_OK) st = dsa__tensor_check(ctx, &w->q_a_norm, "dsa_layer: weight q_a_norm");
+    if (st == DSA_OK) st = dsa__tensor_check(ctx, &w->q_b, "dsa_layer: weight q_b");
+    if (st == DSA_OK) st = dsa__tensor_check(ctx, &w->kv_a, "dsa_layer: weight kv_a");
+    if (st == DSA_OK) st = dsa__tensor_check(ctx, &w->kv_a_norm, "dsa_layer: weight kv_a_norm");
+    if (st == DSA_OK) st = dsa__tensor_check(ctx, &w->kv_b, "dsa_layer: weight kv_b");
+    if (st == DSA_OK) st = dsa__tensor_check(ctx, &w->o, "dsa_layer: weight o");
+    c->has_indexer = w->index_k.data != NULL;
+    if (c->has_indexer) {
+        if (st == DSA_OK) st = dsa__tensor_check(ctx, &w->index_q_b, "dsa_layer: weight index_q_b");
+        if (st == DSA_OK) st = dsa__tensor_check(ctx, &w->index_k, "dsa_layer: weight index_k");
+        if (st == DSA_OK) st = dsa__tensor_check(ctx, &w->index_k_norm, "dsa_layer: weight index_k_norm");
+        if (st == DSA_OK) st = dsa__tensor_check(ctx, &w->index_k_bias, "dsa_layer: weight index_k_bias");
+        if (st == DSA_OK) st = dsa__tensor_check(ctx, &w->index_w, "dsa_layer: weight index_w");
+    }
+    if (st != DSA_OK) return st;
+    if (a->mode != DSA_LAYER_SPARSE && a->mode != DSA_LAYER_DENSE && a->mode != DSA_LAYER_WINDOW)
+        return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_layer: unknown mode");
+    for (i = 0; i < a->n_seqs; i++)
+        if (a->seqs[i].len != 0) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_layer: seqs[].len must be 0, rows are appended");
+    st = dsa__batch_check(ctx, a->n_seqs, a->seqs, DSA_LATENT);
+    if (st == DSA_OK && c->has_indexer) st = dsa__batch_check(ctx, a->n_seqs, a->seqs, DSA_INDEX_KEY);
+    if (st != DSA_OK) return st;
+
+    n = dsa__min64(c->n_rows, DSA_LAYER_TILE);
+    H = f->n_heads;
+    c->dim_q = f->dim_nope + f->dim_rope;
+    c->dim_qk = f->dim_latent + f->dim_rope;
+    c->q_norm    = (float *)dsa__take(arena, f->dim_q_lora, 1, sizeof(float));
+    c->kv_norm   = (float *)dsa__take(arena, f->dim_latent, 1, sizeof(float));
+    c->k_norm    = (float *)dsa__take(arena, f->dim_index, 1, sizeof(float));
+    c->k_bias    = (float *)dsa__take(arena, f->dim_index, 1, sizeof(float));
+    c->qr        = (float *)dsa__take(arena, n, f->dim_q_lora, sizeof(float));
+    c->q         = (float *)dsa__take(arena, n, H * c->dim_q, sizeof(float));
+    c->kv        = (float *)dsa__take(arena, n, c->dim_qk, sizeof(float));
+    c->key       = (float *)dsa__take(arena, n, f->dim_index, sizeof(float));
+    c->index_q   = (float *)dsa__take(arena, n, (int64_t)f->n_index_heads * f->dim_index, sizeof(float));
+    c->index_w   = (float *)dsa__take(arena, n, f->n_index_heads, sizeof(float));
+    c->q_abs     = (float *)dsa__take(arena, n, H * c->dim_qk, sizeof(float));
+    c->o_lat     = (float *)dsa__take(arena, n, H * f->dim_latent, sizeof(float));
+    c->o         = (float *)dsa__take(arena, n, H * f->dim_v, sizeof(float));
+    c->max       = (float *)dsa__take(arena, n, H, sizeof(float));
+    c->sum       = (float *)dsa__take(arena, n, H, sizeof(float));
+    c->indices   = (int32_t *)dsa__take(arena, n, f->top_k, sizeof(int32_t));
+    c->positions = (int64_t *)dsa__take(arena, n, 1, sizeof(int64_t));
+    c->ks        = (int64_t *)dsa__take(arena, n, 1, sizeof(int64_t));
+    c->ke        = (int64_t *)dsa__take(arena, n, 1, sizeof(int64_t));
+    c->seqs      = (dsa_seq *)dsa__take(arena, n, 1, sizeof(dsa_seq));
+    widest = dsa__max64(dsa__max64(f->dim_hidden, f->dim_q_lora), dsa__max64(f->dim_latent, H * f->dim_v));
+    c->gemm_stride = widest * (1 + DSA__LANES) + (int64_t)DSA_LAYER_TILE * DSA__LANES;
+    c->gemm      = (float *)dsa__take(arena, dsa__max64(f->n_threads * c->gemm_stride, f->gemm ? DSA__PANEL * widest : 0), 1, sizeof(float));
+
+    if (n > 0) {                                         /* what a tile of n rows of the first sequence needs, any tile needs */
+        dsa_seq seq;
+        dsa_score_args score;
+        dsa_selection sel;
+        dsa_attend_args attend;
+        dsa_attend_state state;
+        memset(&score, 0, sizeof score);
+        memset(&sel, 0, sizeof sel);
+        memset(&attend, 0, sizeof attend);
+        memset(&state, 0, sizeof state);
+        seq = a->seqs[0];
+        seq.n_q = (int32_t)n;
+        score.n_seqs = attend.n_seqs = 1;
+        score.seqs = attend.seqs = &seq;
+        state.n_rows = n;
+        if (c->has_indexer) st = dsa_score_select_workspace(ctx, &score, &sel, &score_bytes);
+        if (st == DSA_OK) st = dsa_attend_workspace(ctx, &attend, &state, &attend_bytes);
+        if (st != DSA_OK) return st;
+    }
+    c->shared_size = score_bytes > attend_bytes ? score_bytes : attend_bytes;
+    c->shared = dsa__take(arena, 1, (int64_t)c->shared_size, 1);
+    return arena->overflow ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "dsa_layer: the workspace does not fit in size_t") : DSA_OK;
+}
+
+DSA_API dsa_status dsa_layer_workspace(const dsa_ctx *ctx, const dsa_layer_args *args, size_t *bytes)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    dsa__layer_call c;
+    dsa_status st = dsa__layer_plan(ctx, args, &arena, &c);
+    if (st != DSA_OK) return st;
+    if (!bytes) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_layer: bytes is NULL");
+    *bytes = dsa__arena_bytes(&arena);
+    return DSA_OK;
+}
+
+/* One tile: rows [row, row + n) of the call, which are the queries of c->seqs[0 .. n_seqs). */
+static dsa_status dsa__layer_tile(const dsa_ctx *ctx, const dsa_layer_args *a, dsa__layer_call *c, int64_t row, int64_t n, int32_t n_seqs)
+{
+    const dsa_config *f = &ctx->config;
+    const dsa_layer_weights *w = a->weights;
+    const float *x = a->x + row * f->dim_hidden;
+    const int32_t *list = a->indices_in ? a->indices_in + row * f->top_k : NULL;
+    int64_t H = f->n_heads, t, h;
+    dsa_rope q_rope = dsa_config_rope(ctx, (int32_t)c->dim_q), kv_rope = dsa_config_rope(ctx, (int32_t)c->dim_qk);
+    dsa_rope i_rope = dsa_config_index_rope(ctx);
+    dsa_append_args append;
+    dsa_attend_args attend;
+    dsa_attend_state state;
+    dsa__gemm_call g;
+    dsa__cursor cur;
+    int sparse_rows = 0;
+    dsa_status st;
+    memset(&g, 0, sizeof g);
+    g.ctx = ctx;
+    g.n = n;
+    g.scratch = c->gemm;
+    g.scratch_stride = c->gemm_stride;
+
+    /* queries, latents, index keys */
+    dsa__project(g, &w->q_a, x, f->dim_hidden, f->dim_q_lora, c->qr);
+    (void)dsa_rms_norm(c->qr, n, f->dim_q_lora, f->dim_q_lora, c->q_norm, f->norm_eps);
+    dsa__project(g, &w->q_b, c->qr, f->dim_q_lora, H * c->dim_q, c->q);
+    (void)dsa_rope_rows(c->q, n, H * c->dim_q, f->n_heads, c->dim_q, (int32_t)c->dim_q, &q_rope, c->positions, 0);
+    dsa__project(g, &w->kv_a, x, f->dim_hidden, c->dim_qk, c->kv);
+    (void)dsa_rms_norm(c->kv, n, c->dim_qk, f->dim_latent, c->kv_norm, f->norm_eps);
+    (void)dsa_rope_rows(c->kv, n, c->dim_qk, 1, 0, (int32_t)c->dim_qk, &kv_rope, c->positions, 0);
+    memset(&append, 0, sizeof append);
+    append.n_seqs = n_seqs;
+    append.seqs = c->seqs;
+    append.latent = c->kv;
+    if (c->has_indexer) {
+        dsa__project(g, &w->index_k, x, f->dim_hidden, f->dim_index, c->key);
+        (void)dsa_layer_norm(c->key, n, f->dim_index, f->dim_index, c->k_norm, c->k_bias, f->index_norm_eps);
+        (void)dsa_rope_rows(c->key, n, f->dim_index, 1, 0, f->dim_index, &i_rope, c->positions, 0);
+        append.index_key = c->key;
+    }
+    st = dsa_append(ctx, &append);
+    if (st != DSA_OK) return st;
+
+    /* selection */
+    cur.seqs = c->seqs;
+    cur.seq = 0;
+    cur.first = 0;
+    for (t = 0; t < n; t++) {
+        const dsa_seq *s = dsa__seek(&cur, t);
+        c->ke[t] = dsa__visible(&cur, s, s->latent, t);
+        c->ks[t] = dsa__max64(c->ke[t] - f->top_k, 0);
+        sparse_rows |= c->ks[t] > 0;
+    }
+    if (a->mode == DSA_LAYER_SPARSE && !list) {
+        dsa_score_args score;
+        dsa_selection sel;
+        memset(&score, 0, sizeof score);
+        memset(&sel, 0, sizeof sel);
+        if (sparse_rows) {                               /* a tile of dense-fallback rows needs no queries */
+            float scale = (float)(1.0 / sqrt((double)f->n_index_heads * f->dim_index));
+            dsa__project(g, &w->index_q_b, c->qr, f->dim_q_lora, (int64_t)f->n_index_heads * f->dim_index, c->index_q);
+            (void)dsa_rope_rows(c->index_q, n, (int64_t)f->n_index_heads * f->dim_index, f->n_index_heads, f->dim_index,
+                                f->dim_index, &i_rope, c->positions, 0);
+            dsa__project(g, &w->index_w, x, f->dim_hidden, f->n_index_heads, c->index_w);
+            for (t = 0; t < n * f->n_index_heads; t++) c->index_w[t] *= scale;
+        }
+        score.n_seqs = n_seqs;
+        score.seqs = c->seqs;
+        score.q = c->index_q;
+        score.w = c->index_w;
+        score.workspace = c->shared;
+        score.workspace_size = c->shared_size;
+        sel.indices = c->indices;
+        st = dsa_score_select(ctx, &score, &sel);
+        if (st != DSA_OK) return st;
+        list = c->indices;
+    }
+    if (a->indices_out && list) memcpy(a->indices_out + row * f->top_k, list, sizeof(int32_t) * (size_t)(n * f->top_k));
+
+    /* attention over [q_lat | q_pe], then back through W_UV and W_o */
+    g.w = &w->kv_b;
+    g.x = c->q; g.ldx = H * c->dim_q; g.head_x = c->dim_q;
+    g.y = c->q_abs; g.ldy = H * c->dim_qk; g.head_y = c->dim_qk;
+    g.in = f->dim_latent; g.n_out = f->dim_nope;
+    g.n_heads = H; g.rows_per_head = f->dim_nope + f->dim_v; g.first = 0;
+    dsa__parallel(ctx, H, dsa__gemm_transposed_task, &g);
+    for (t = 0; t < n; t++)
+        for (h = 0; h < H; h++)
+            memcpy(c->q_abs + (t * H + h) * c->dim_qk + f->dim_latent, c->q + (t * H + h) * c->dim_q + f->dim_nope,
+                   sizeof(float) * (size_t)f->dim_rope);
+    memset(&attend, 0, sizeof attend);
+    attend.n_seqs = n_seqs;
+    attend.seqs = c->seqs;
+    attend.q = c->q_abs;
+    attend.what = a->mode == DSA_LAYER_SPARSE ? DSA_ATTEND_LIST : (a->mode == DSA_LAYER_DENSE ? DSA_ATTEND_VISIBLE : DSA_ATTEND_RANGE);
+    attend.indices = list;
+    attend.n_indices = f->top_k;
+    attend.ks = c->ks;
+    attend.ke = c->ke;
+    attend.workspace = c->shared;
+    attend.workspace_size = c->shared_size;
+    state.n_rows = n;
+    state.n_heads = f->n_heads;
+    state.dim_v = f->dim_latent;
+    state.max = c->max;
+    state.sum = c->sum;
+    state.out = c->o_lat;
+    st = dsa_attend_begin(ctx, &state);
+    if (st == DSA_OK) st = dsa_attend_add(ctx, &attend, &state);
+    if (st == DSA_OK) st = dsa_attend_finish(ctx, &state, NULL, c->o_lat, NULL, NULL);
+    if (st != DSA_OK) return st;
+    g.x = c->o_lat; g.ldx = H * f->dim_latent; g.head_x = f->dim_latent;
+    g.y = c->o; g.ldy = H * f->dim_v; g.head_y = f->dim_v;
+    g.n_out = f->dim_v; g.first = f->dim_nope;
+    dsa__parallel(ctx, H * ((f->dim_v + DSA__LANES - 1) / DSA__LANES), dsa__gemm_task, &g);
+    dsa__project(g, &w->o, c->o, H * f->dim_v, f->dim_hidden, a->y + row * f->dim_hidden);
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_layer(const dsa_ctx *ctx, const dsa_layer_args *a)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    dsa__layer_call c;
+    const dsa_config *f;
+    int64_t row = 0, n, used = 0;                        /* used: rows of sequence `seq` done by earlier tiles */
+    int32_t seq = 0, n_seqs;
+    dsa_status st = dsa__layer_plan(ctx, a, &arena, &c);
+    if (st != DSA_OK) return st;
+    f = &ctx->config;
+    if (c.n_rows == 0) return DSA_OK;
+    if (!a->x || !a->y) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_layer: x or y is NULL");
+    if (a->mode == DSA_LAYER_SPARSE && !c.has_indexer && !a->indices_in)
+        return dsa__fail(ctx, DSA_ERR_NULL, "dsa_layer: a layer without indexer weights needs indices_in");
+    st = dsa__arena_check(ctx, &arena, a->workspace, a->workspace_size);
+    if (st == DSA_OK) st = dsa__append_check(ctx, a->n_seqs, a->seqs, DSA_LATENT, NULL);
+    if (st == DSA_OK && c.has_indexer) st = dsa__append_check(ctx, a->n_seqs, a->seqs, DSA_INDEX_KEY, NULL);
+    if (st != DSA_OK) return st;                         /* from here on nothing can fail */
+    arena = dsa__arena_over(a->workspace);
+    st = dsa__layer_plan(ctx, a, &arena, &c);
+    dsa__weight_row(&a->weights->q_a_norm, 0, f->dim_q_lora, c.q_norm);
+    dsa__weight_row(&a->weights->kv_a_norm, 0, f->dim_latent, c.kv_norm);
+    if (c.has_indexer) {
+        dsa__weight_row(&a->weights->index_k_norm, 0, f->dim_index, c.k_norm);
+        dsa__weight_row(&a->weights->index_k_bias, 0, f->dim_index, c.k_bias);
+    }
+    for (; row < c.n_rows && st == DSA_OK; row += n) {
+        for (n = 0, n_seqs = 0; n < DSA_LAYER_TILE && seq < a->n_seqs; ) {
+            dsa_seq *s = &c.seqs[n_seqs];
+            int64_t take = dsa__min64(dsa__n_q(&a->seqs[seq]) - used, DSA_LAYER_TILE - n), i;
+            if (take > 0) {
+                *s = a->seqs[seq];
+                s->n_q = (int32_t)take;
+                for (i = 0; i < take; i++)
+                    c.positions[n + i] = a->positions ? a->positions[row + n + i] : s->latent->len + i;
+                n_seqs++;
+                n += take;
+                used += take;
+            }
+            if (used >= dsa__n_q(&a->seqs[seq])) { seq++; used = 0; }
+        }
+        st = dsa__layer_tile(ctx, a, &c, row, n, n_seqs);
+    }
+    return st;
+}
+
+/* ============================================================================================
+   >>end                                      of the implementation
+   ============================================================================================ */
+#if defined(__clang__)
+#  pragma STDC FP_CONTRACT DEFAULT
+#elif defined(__GNUC__)
+#  pragma GCC pop_options
+#endif
+#endif /* DSA_IMPLEMENTATION */
+
+/* >>revisions
+   0.1.0  first
+*/

@@ -327,7 +327,7 @@ static inline int engine__type(const engine__source *s, const st_tensor *t, dsa_
 static inline float *engine__f32(const engine__source *s, const char *name, int64_t n, int64_t out, int64_t in) {
     const st_tensor *t = engine__find(s, name, n, out, in);
     const float *scales = NULL;
-    dsa_type type;
+    dsa_type type = DSA_F32;
     if (t == NULL || engine__type(s, t, &type) != 0) return NULL;
     if (type == DSA_FP8 && out == 0) { st__fail(s->model->error, sizeof s->model->error, "%s: tensor '%s': a vector cannot be F8_E4M3", s->file, t->name); return NULL; }
     if (type == DSA_FP8 && (scales = engine__scales(s, name, n, out, in)) == NULL) return NULL;
@@ -369,7 +369,7 @@ static inline int engine__tensor(const engine__source *s, const char *name, int6
 
 /* gate_proj, up_proj and down_proj below `stem`. */
 static inline int engine__mlp(const engine__source *s, const char *stem, int32_t inter, engine_mlp *mlp) {
-    char name[200];
+    char name[256];
     int64_t hidden = s->model->dim_hidden;
     mlp->inter = inter;
     snprintf(name, sizeof name, "%s.gate_proj.weight", stem);
@@ -862,6 +862,38 @@ static inline int32_t engine_argmax(const float *row, int32_t n) {
     for (int32_t i = 1; i < n; i++)
         if (row[i] > row[best]) best = i;
     return best;
+}
+
+/* ---- command lines ------------------------------------------------------------------------------------------------ */
+/* Each returns 0, or -1 if the text is no such thing. */
+static inline int engine_parse_int(const char *text, int64_t low, int64_t high, int64_t *out) {
+    char *end;
+    long long x = strtoll(text, &end, 10);
+    if (end == text || *end != '\0' || x < low || x > high) return -1;
+    *out = x;
+    return 0;
+}
+
+static inline int engine_parse_mode(const char *text, dsa_layer_mode *mode) {
+    if (strcmp(text, "dsa") == 0) *mode = DSA_LAYER_SPARSE;
+    else if (strcmp(text, "dense") == 0) *mode = DSA_LAYER_DENSE;
+    else if (strcmp(text, "window") == 0) *mode = DSA_LAYER_WINDOW;
+    else return -1;
+    return 0;
+}
+
+static inline int engine_parse_isa(const char *text, dsa_isa *isa) {
+    for (int i = DSA_ISA_AUTO; i <= DSA_ISA_NEON; i++)
+        if (strcmp(text, dsa_isa_name((dsa_isa)i)) == 0) { *isa = (dsa_isa)i; return 0; }
+    return -1;
+}
+
+/* splitmix64: small, and the same on every machine, so that a seed names a document and a sampled text for good. */
+static inline uint64_t engine_random(uint64_t *state) {
+    uint64_t z = *state += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
 }
 
 #endif /* ENGINE_H_INCLUDED */

@@ -24,16 +24,24 @@
 #define WITHIN(BOUND, ERROR) ASSERT_IN_RANGE(0, ERROR, BOUND)
 
 /* ---- memory: every block has its exact size, so that a sanitizer sees one element too many ---- */
-typedef struct bag { void *block[512]; int n; } bag;
+typedef struct bag { void **block; size_t n; } bag;
 
 static inline void *bag_alloc(bag *b, size_t bytes)
 {
     void *p = malloc(bytes ? bytes : 1);
-    if (p == NULL || b->n == (int)(sizeof b->block / sizeof b->block[0])) { fprintf(stderr, "test set-up: out of memory\n"); abort(); }
+    if ((b->n & (b->n - 1)) == 0) b->block = (void **)realloc(b->block, (b->n ? 2 * b->n : 1) * sizeof *b->block);
+    if (p == NULL || b->block == NULL) { fprintf(stderr, "test set-up: out of memory\n"); abort(); }
     b->block[b->n++] = p;
     return p;
 }
-static inline void bag_free(bag *b) { while (b->n > 0) free(b->block[--b->n]); }
+/* Gives back what came after the first `keep` blocks. */
+static inline void bag_shrink(bag *b, size_t keep) { while (b->n > keep) free(b->block[--b->n]); }
+static inline void bag_free(bag *b)
+{
+    bag_shrink(b, 0);
+    free(b->block);
+    b->block = NULL;
+}
 #define END(b) do { bag_free(&(b)); PASS(); } while (0)
 
 static inline float   *floats(bag *b, int64_t n) { return (float *)bag_alloc(b, (size_t)n * sizeof(float)); }

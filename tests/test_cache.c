@@ -120,10 +120,15 @@ TEST sizes_that_overflow_are_refused(void)
     dsa_ctx ctx = context();
     size_t n = 5;
     dsa_cache_desc d = desc_of(DSA_LATENT, DSA_F32, INT32_MAX, 0);
+    dsa_cache c;
+    IS(DSA_ERR_SHAPE, dsa_row_bytes(DSA_LATENT, DSA_F32, INT32_MAX, INT32_MAX, &n));   /* wider than any row may be */
+    IS(DSA_ERR_SHAPE, dsa_page_bytes(DSA_LATENT, DSA_F32, INT32_MAX, 0, INT32_MAX, &n));
     d.dim = INT32_MAX;
-    d.dim_rope = INT32_MAX;
-    IS(DSA_ERR_OVERFLOW, dsa_page_bytes(DSA_LATENT, DSA_F32, INT32_MAX, INT32_MAX, INT32_MAX, &n));
-    IS(DSA_ERR_OVERFLOW, dsa_cache_bytes(&ctx, &d, &n));
+    IS(DSA_ERR_SHAPE, dsa_cache_bytes(&ctx, &d, &n));
+    d = desc_of(DSA_LATENT, DSA_F32, 0, 1 << 30);
+    float row[W];
+    IS(DSA_ERR_OVERFLOW, dsa_cache_view(&ctx, &d, row, INT32_MAX, SIZE_MAX / 1024, NULL, INT32_MAX, 0, &c));
+    IS(DSA_ERR_OVERFLOW, dsa_cache_view(&ctx, &d, row, (int64_t)INT32_MAX + 1, 0, NULL, 0, 0, &c));
     d.dim = 8;
     d.dim_rope = 4;
     d.capacity = (int64_t)INT32_MAX + 1;
@@ -137,7 +142,7 @@ TEST sizes_that_overflow_are_refused(void)
 /* ---- making caches ---------------------------------------------------------------------------- */
 TEST init_wants_exactly_the_queried_bytes(void)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     dsa_ctx ctx = context();
     const dsa_type formats[4] = { DSA_F32, DSA_BF16, DSA_FP8, DSA_INT8 };
     for (int kind = 0; kind < 2; kind++)
@@ -164,7 +169,7 @@ TEST init_wants_exactly_the_queried_bytes(void)
 
 TEST init_resolves_every_field(void)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     dsa_ctx ctx = context();
     dsa_cache_desc d = desc_of(DSA_LATENT, DSA_BF16, 21, 8);
     dsa_cache c = cache_of(&b, &ctx, &d);
@@ -303,7 +308,7 @@ static float *hard_rows(bag *b, int32_t n, int32_t width)
 
 TEST f32_rows_come_back_exactly(int32_t page)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     dsa_ctx ctx = context();
     dsa_cache_desc d = desc_of(DSA_LATENT, DSA_F32, 30, page), di = desc_of(DSA_INDEX_KEY, DSA_F32, 30, page);
     dsa_cache latent = cache_of(&b, &ctx, &d), index = cache_of(&b, &ctx, &di);
@@ -322,7 +327,7 @@ TEST f32_rows_come_back_exactly(int32_t page)
 
 TEST bf16_rows_are_rounded_to_nearest_even(int32_t page)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     dsa_ctx ctx = context();
     dsa_cache_desc d = desc_of(DSA_LATENT, DSA_BF16, 30, page), di = desc_of(DSA_INDEX_KEY, DSA_BF16, 30, page);
     dsa_cache latent = cache_of(&b, &ctx, &d), index = cache_of(&b, &ctx, &di);
@@ -337,7 +342,7 @@ TEST bf16_rows_are_rounded_to_nearest_even(int32_t page)
 
 TEST fp8_latent_bytes_are_flashmlas(int32_t page)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     dsa_ctx ctx = context();
     dsa_cache_desc d = desc_of(DSA_LATENT, DSA_FP8, 30, page);
     dsa_cache c = cache_of(&b, &ctx, &d);
@@ -364,7 +369,7 @@ TEST fp8_latent_bytes_are_flashmlas(int32_t page)
 
 TEST fp8_latents_with_any_scale_are_read(void)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     dsa_ctx ctx = context();
     dsa_cache_desc d = desc_of(DSA_LATENT, DSA_FP8, 1, 0);
     dsa_cache c = cache_of(&b, &ctx, &d);
@@ -382,7 +387,7 @@ TEST fp8_latents_with_any_scale_are_read(void)
 /* DeepGEMM's planar page: all codes first, then all scales. */
 TEST planar_page_bytes(dsa_type format)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     dsa_ctx ctx = context();
     enum { PAGE = 5, N = 12, STRIDE = PAGE * (D + 4) };
     dsa_cache_desc d = desc_of(DSA_INDEX_KEY, format, N, PAGE);
@@ -411,7 +416,7 @@ TEST planar_page_bytes(dsa_type format)
 
 TEST hadamard_is_automatic_per_format(void)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     dsa_ctx ctx = context();
     const dsa_type formats[4] = { DSA_F32, DSA_BF16, DSA_FP8, DSA_INT8 };
     const int automatic[4] = { 0, 0, 1, 1 };
@@ -448,7 +453,7 @@ TEST hadamard_needs_a_power_of_two(void)
 
 TEST rotated_keys_are_stored_rotated(void)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     dsa_ctx ctx = context();
     dsa_cache_desc d = desc_of(DSA_INDEX_KEY, DSA_F32, 9, 4);
     d.hadamard = DSA_HADAMARD_ON;
@@ -505,7 +510,7 @@ static dsa_cache_desc full_desc(dsa_kind kind, dsa_type format, int32_t page)
 
 TEST a_shuffled_block_table_equals_contiguous(dsa_kind kind, dsa_type format)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     dsa_ctx ctx = context();
     enum { N = 43, PAGE = 4, POOL = 17 };
     int32_t width = kind == DSA_LATENT ? W : D;
@@ -527,7 +532,7 @@ TEST a_shuffled_block_table_equals_contiguous(dsa_kind kind, dsa_type format)
 
 TEST a_wide_page_stride_leaves_the_gap_alone(void)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     dsa_ctx ctx = context();
     enum { PAGE = 3, POOL = 4, GAP = 20 };
     dsa_cache_desc d[2] = { full_desc(DSA_LATENT, DSA_FP8, PAGE), full_desc(DSA_INDEX_KEY, DSA_FP8, PAGE) };
@@ -544,7 +549,7 @@ TEST a_wide_page_stride_leaves_the_gap_alone(void)
 
 TEST scales_may_live_elsewhere(dsa_type format)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     dsa_ctx ctx = context();
     enum { N = 10, PAGE = 4 };
     dsa_cache_desc d = full_desc(DSA_INDEX_KEY, format, PAGE);
@@ -569,9 +574,25 @@ TEST scales_may_live_elsewhere(dsa_type format)
     END(b);
 }
 
+/* row_stride has no part in a planar page's layout, so a view filled by hand need not set it. */
+TEST a_planar_view_filled_by_hand_ignores_row_stride(void)
+{
+    bag b = { NULL, 0 };
+    dsa_ctx ctx = context();
+    dsa_cache_desc d = full_desc(DSA_INDEX_KEY, DSA_FP8, 4);
+    dsa_cache c = view_of(&b, &ctx, &d, 2, 0, NULL, 2), hand = view_of(&b, &ctx, &d, 2, 0, NULL, 2);
+    float *keys = random_floats(&b, 8 * D, 19, 1);
+    hand.row_stride = 0;
+    OK(dsa_cache_check(&ctx, &hand));
+    OK(append(&ctx, NULL, &c, 8, NULL, keys));
+    OK(append(&ctx, NULL, &hand, 8, NULL, keys));
+    ASSERT_MEM_EQ(c.data, hand.data, 2 * c.page_stride);
+    END(b);
+}
+
 TEST unaligned_memory_works(dsa_kind kind, dsa_type format)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     dsa_ctx ctx = context();
     enum { N = 9 };
     int32_t width = kind == DSA_LATENT ? W : D;
@@ -617,7 +638,7 @@ TEST rows_beyond_four_gigabytes(void)
 
 TEST a_view_may_start_with_rows(void)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     dsa_ctx ctx = context();
     dsa_cache_desc d = full_desc(DSA_LATENT, DSA_F32, 4);
     float *pool = random_floats(&b, 8 * W, 9, 1), *back = floats(&b, 8 * W);
@@ -631,14 +652,14 @@ TEST a_view_may_start_with_rows(void)
     OK(append(&ctx, &c, NULL, 1, copy, NULL));
     ASSERT(same_bits(copy, pool + 7 * W, W));
     ASSERT(same_bits(copy, pool, 7 * W));             /* row 0..6 stay */
-    IS(DSA_ERR_CAPACITY, dsa_cache_view(&ctx, &d, pool, 2, 0, NULL, 2, 9, &c));
+    IS(DSA_ERR_TABLE, dsa_cache_view(&ctx, &d, pool, 2, 0, NULL, 2, 9, &c));
     END(b);
 }
 
 /* ---- append, truncate ---------------------------------------------------------------------------- */
 TEST truncate_then_append_overwrites(void)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     dsa_ctx ctx = context();
     dsa_cache_desc d = desc_of(DSA_LATENT, DSA_F32, 10, 3);
     dsa_cache c = cache_of(&b, &ctx, &d);
@@ -661,7 +682,7 @@ TEST truncate_then_append_overwrites(void)
 
 TEST a_full_cache_refuses_and_stays(void)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     dsa_ctx ctx = context();
     dsa_cache_desc d = desc_of(DSA_LATENT, DSA_FP8, 6, 0);
     dsa_cache c = cache_of(&b, &ctx, &d);
@@ -683,7 +704,7 @@ TEST a_full_cache_refuses_and_stays(void)
 
 TEST a_ragged_append_serves_every_sequence(void)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     dsa_ctx ctx = context();
     dsa_cache_desc dl = desc_of(DSA_LATENT, DSA_BF16, 9, 2), di = desc_of(DSA_INDEX_KEY, DSA_INT8, 9, 2);
     dsa_cache l[4], k[4], l1[4], k1[4];
@@ -722,7 +743,7 @@ TEST a_ragged_append_serves_every_sequence(void)
 /* The last sequence has no room in its index cache: nothing at all is written. */
 TEST a_ragged_append_is_all_or_nothing(void)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     dsa_ctx ctx = context();
     dsa_cache_desc dl = desc_of(DSA_LATENT, DSA_F32, 6, 0), di = desc_of(DSA_INDEX_KEY, DSA_F32, 6, 0);
     dsa_cache l[3], k[3];
@@ -759,7 +780,7 @@ TEST a_ragged_append_is_all_or_nothing(void)
 
 TEST slots_write_anywhere_and_skip(void)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     dsa_ctx ctx = context();
     enum { PAGE = 4, POOL = 3 };
     dsa_cache_desc d = full_desc(DSA_LATENT, DSA_F32, PAGE);
@@ -791,7 +812,7 @@ TEST slots_write_anywhere_and_skip(void)
 
 TEST a_slot_outside_the_pool_stops_everything(void)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     dsa_ctx ctx = context();
     dsa_cache_desc d = full_desc(DSA_LATENT, DSA_F32, 4);
     dsa_cache c = view_of(&b, &ctx, &d, 2, 0, NULL, 2);
@@ -818,7 +839,7 @@ TEST a_slot_outside_the_pool_stops_everything(void)
 
 TEST latent_and_keys_may_be_written_apart(void)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     dsa_ctx ctx = context();
     dsa_cache_desc dl = desc_of(DSA_LATENT, DSA_F32, 4, 0), di = desc_of(DSA_INDEX_KEY, DSA_F32, 4, 0);
     dsa_cache l = cache_of(&b, &ctx, &dl), k = cache_of(&b, &ctx, &di);
@@ -871,6 +892,7 @@ SUITE(cache_suite)
             CASE(name, unaligned_memory_works, (dsa_kind)kind, formats[f]);
         }
     RUN_TEST(a_wide_page_stride_leaves_the_gap_alone);
+    RUN_TEST(a_planar_view_filled_by_hand_ignores_row_stride);
     RUN_TEST(rows_beyond_four_gigabytes);
     RUN_TEST(a_view_may_start_with_rows);
     RUN_TEST(truncate_then_append_overwrites);

@@ -60,7 +60,7 @@ TEST pools_come_and_go(void)
 static void square(void *arg, int32_t i) { int64_t *x = (int64_t *)arg; x[MANY + i] = x[i] * x[i]; }
 TEST memory_is_ordered_around_a_run(void)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     int64_t *x = longs(&b, 2 * MANY);
     dsa_pool *pool = NULL;
     OK(dsa_pool_create(NULL, 3, &pool));
@@ -175,7 +175,7 @@ static void open_item(bag *b, work_item *x, uint64_t seed)
 static void *work_on(void *arg)
 {
     work_item *x = (work_item *)arg;
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     for (int i = 0; i < x->rounds && x->status == DSA_OK; i++) {
         dsa_seq s = seq_of(&x->latent, &x->index, ROWS);
         dsa_step_args a;
@@ -195,7 +195,7 @@ static void *work_on(void *arg)
 
 TEST results_do_not_depend_on_the_pool(void)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     work_item one, x;
     open_item(&b, &one, 500);
     work_on(&one);
@@ -220,7 +220,7 @@ TEST results_do_not_depend_on_the_pool(void)
 /* Two user threads, each with its context and pool, and both reading the same caches. */
 TEST two_contexts_work_side_by_side(void)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     work_item alone[2], x[2];
     dsa_pool *pool[2];
     pthread_t thread[2];
@@ -263,7 +263,7 @@ static void *keep_appending(void *arg)
 }
 TEST a_reader_may_run_beside_an_appender(void)
 {
-    bag b = { { 0 }, 0 };
+    bag b = { NULL, 0 };
     work_item before, beside;
     appender a;
     pthread_t thread;

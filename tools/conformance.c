@@ -132,7 +132,7 @@ int main(int argc, char **argv)
     status = dsa_init(&ctx, &r.base);
     if (status != DSA_OK) {
         dsa_pool_destroy(pool);
-        return wrong_usage(dsa_status_text(status), detail);
+        return wrong_usage("", detail[0] ? detail : dsa_status_text(status));
     }
     for (i = 0; i < n_files; i++) {
         set_stem(&r, argv[i]);

@@ -289,7 +289,7 @@ static int64_t check_indexer(run *r, const dsa_ctx *ctx, const engine_block *blo
         status = index_queries(ctx, &block->attention, x + done * c->dim_hidden, n, done, q, w);
         if (status == DSA_OK) status = score_rows(ctx, cache, done, n, q, w, scores, ref->n, picked);
         if (status != DSA_OK) break;
-        if (ref->scores[layer]) score_gap = fmax(score_gap, max_abs(scores, ref->scores[layer] + done * ref->n, n * ref->n));
+        if (ref->scores[layer]) score_gap = larger(score_gap, max_abs(scores, ref->scores[layer] + done * ref->n, n * ref->n));
         for (int64_t i = 0; i < n; i++) {
             int64_t t = done + i;
             const float *row = scores + i * ref->n;
@@ -305,7 +305,7 @@ static int64_t check_indexer(run *r, const dsa_ctx *ctx, const engine_block *blo
                 qsort(sorted, (size_t)(t + 1), sizeof *sorted, compare_descending);
                 margin = (float)(sorted[ref->k - 1] - sorted[ref->k]);
             }
-            margin_gap = fmax(margin_gap, max_abs(&margin, ref->margin[layer] + t, 1));
+            margin_gap = larger(margin_gap, max_abs(&margin, ref->margin[layer] + t, 1));
         }
     }
     if (called(r, status, path)) {
@@ -546,7 +546,7 @@ static void check_rounded_selection(run *r, const dsa_ctx *ctx, const engine_blo
         }
     }
     if (called(r, status, path)) {
-        report(r, "sim", squares > 0 ? 1 - 2 * ab / squares : 0, 5e-6, "%s/index_scores.%ld", path, (long)layer);
+        report(r, "sim", squares == 0 ? 0 : 1 - 2 * ab / squares, 5e-6, "%s/index_scores.%ld", path, (long)layer);
         report(r, "inf_misplaced", (double)misplaced, 0, "%s/index_scores.%ld", path, (long)layer);
         report(r, "rows_differ", (double)wrong_layer, 0, "%s/topk.%ld", path, (long)layer);
         report(r, "rows_differ", (double)wrong_call, 0, "%s/score_select.%ld", path, (long)layer);

@@ -149,14 +149,16 @@ static int has_shape(const run *r, const st_tensor *t, int rank, const int64_t *
 /* ---- metrics ------------------------------------------------------------------------------ */
 static int same_value(double a, double b) { return a == b || (isnan(a) && isnan(b)); }
 
+/* The larger of two; unlike fmax it keeps a NaN, which no bound lets pass. */
+static double larger(double a, double b) { return isnan(a) || a > b ? a : b; }
+
 /* max |a - b|; infinities must stand at equal places. */
 static double max_abs(const float *a, const float *b, int64_t n)
 {
     double worst = 0;
     for (int64_t i = 0; i < n; i++) {
         double d = same_value(a[i], b[i]) ? 0 : fabs((double)a[i] - (double)b[i]);
-        if (!(d <= worst)) worst = d;
-        if (isnan(worst)) return worst;
+        worst = larger(worst, d);
     }
     return worst;
 }

@@ -536,6 +536,11 @@ DSA_API void       dsa_pool_run(void *pool, int32_t n_tasks, dsa_task task, void
 #elif defined(__GNUC__)
 #  pragma GCC push_options
 #  pragma GCC optimize ("fp-contract=off")
+/* gcc 12: -O2 leaves loops of unknown length scalar, -O3 unrolls the 8-lane loops before it could vectorise them (3 instead of 15
+   GMAC/s in dsa__ref_dots). This mix does well whichever the caller uses. */
+#  if defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__)
+#    pragma GCC optimize ("O2", "tree-loop-vectorize", "vect-cost-model=dynamic")
+#  endif
 #endif
 
 #if defined(__GNUC__)
@@ -845,7 +850,7 @@ DSA_API dsa_status dsa_rope_rows(float *x, int64_t n_rows, int64_t row_stride, i
     int64_t t, h;
     int32_t i;
     if (!rope || (n_rows > 0 && n_heads > 0 && (!x || !positions))) return DSA_ERR_NULL;
-    if (n_rows < 0 || n_heads < 0 || !dsa__rope_valid(rope) || rope->offset > dim_row - rope->width) return DSA_ERR_SHAPE;
+    if (n_rows < 0 || n_heads < 0 || !dsa__rope_valid(rope) || rope->offset > (int64_t)dim_row - rope->width) return DSA_ERR_SHAPE;
     for (i = 0; i < rope->width / 2; i++) {
         double f = dsa__rope_frequency(rope, i);
         int64_t ia = rope->offset + (rope->layout == DSA_ROPE_HALF ? i : 2 * i);
@@ -1514,6 +1519,7 @@ static dsa_status dsa__cache_shape(const dsa_ctx *ctx, const dsa_cache_desc *des
     if (st != DSA_OK) return st;
     if (!desc) return dsa__fail(ctx, DSA_ERR_NULL, "cache: desc is NULL");
     memset(c, 0, sizeof *c);
+    *page_bytes = 0;
     c->kind = desc->kind;
     c->format = desc->format;
     c->dim = dsa__default32(desc->dim, desc->kind == DSA_LATENT ? ctx->config.dim_latent : ctx->config.dim_index);
@@ -1524,7 +1530,7 @@ static dsa_status dsa__cache_shape(const dsa_ctx *ctx, const dsa_cache_desc *des
     if (desc->kind == DSA_INDEX_KEY)
         c->hadamard = h == DSA_HADAMARD_ON || (h == DSA_HADAMARD_AUTO && dsa__planar(desc->kind, desc->format));
     if (c->hadamard && !dsa__is_pow2(c->dim))
-        return dsa__fail(ctx, DSA_ERR_SHAPE, "cache: Hadamard needs a dim that is a power of two (FP8 and INT8 keys use it unless it is OFF)");
+        return dsa__fail(ctx, DSA_ERR_SHAPE, "cache: Hadamard needs a dim that is a power of two; FP8 and INT8 use it unless OFF");
     if (desc->device == DSA_DEVICE_CUDA) return dsa__fail(ctx, DSA_ERR_NO_DEVICE, "cache: this build has no CUDA device");
     if (desc->device != DSA_DEVICE_CPU && desc->device != DSA_DEVICE_AUTO) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "cache: unknown device");
     c->device = DSA_DEVICE_CPU;
@@ -1543,7 +1549,7 @@ static dsa_status dsa__cache_shape(const dsa_ctx *ctx, const dsa_cache_desc *des
 DSA_API dsa_status dsa_cache_bytes(const dsa_ctx *ctx, const dsa_cache_desc *desc, size_t *bytes)
 {
     dsa_cache c;
-    size_t page;
+    size_t page = 0;
     dsa_status st = dsa__cache_shape(ctx, desc, &c, &page);
     if (st != DSA_OK) return st;
     if (!bytes) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_cache_bytes: bytes is NULL");
@@ -1556,7 +1562,7 @@ DSA_API dsa_status dsa_cache_bytes(const dsa_ctx *ctx, const dsa_cache_desc *des
 DSA_API dsa_status dsa_cache_init(const dsa_ctx *ctx, const dsa_cache_desc *desc, void *memory, size_t bytes, dsa_cache *cache)
 {
     dsa_cache c;
-    size_t page, need;
+    size_t page = 0, need = 0;
     dsa_status st = dsa_cache_bytes(ctx, desc, &need);
     if (st != DSA_OK) return st;
     if (!memory || !cache) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_cache_init: memory or cache is NULL");
@@ -1571,7 +1577,7 @@ DSA_API dsa_status dsa_cache_init(const dsa_ctx *ctx, const dsa_cache_desc *desc
 
 DSA_API dsa_status dsa_cache_create(const dsa_ctx *ctx, const dsa_cache_desc *desc, dsa_cache *cache)
 {
-    size_t need;
+    size_t need = 0;
     void *memory;
     dsa_allocator a;
     dsa_status st = dsa_cache_bytes(ctx, desc, &need);
@@ -1659,7 +1665,7 @@ DSA_API dsa_status dsa_cache_view(const dsa_ctx *ctx, const dsa_cache_desc *desc
                                   const int32_t *block_table, int64_t n_blocks, int64_t len, dsa_cache *cache)
 {
     dsa_cache c;
-    size_t page;
+    size_t page = 0;
     dsa_status st = dsa__cache_shape(ctx, desc, &c, &page);
     if (st != DSA_OK) return st;
     if (!cache || (!pool && n_pages > 0)) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_cache_view: pool or cache is NULL");
@@ -1691,14 +1697,15 @@ static int64_t dsa__slot(const dsa_cache *c, int64_t position)
 
 static unsigned char *dsa__row_at(const dsa_cache *c, int64_t slot)
 {
-    return (unsigned char *)c->data + (size_t)(slot / c->page_size) * c->page_stride + (size_t)(slot % c->page_size) * c->row_stride;
+    return (unsigned char *)c->data + (size_t)(slot / c->page_size) * c->page_stride +
+           (size_t)(slot % c->page_size) * (dsa__planar(c->kind, c->format) ? (size_t)c->dim : c->row_stride);
 }
 
 static unsigned char *dsa__scale_at(const dsa_cache *c, int64_t slot)     /* planar pages */
 {
     size_t page = (size_t)(slot / c->page_size), offset = 4 * (size_t)(slot % c->page_size);
     if (c->scales) return (unsigned char *)c->scales + page * c->scale_page_stride + offset;
-    return (unsigned char *)c->data + page * c->page_stride + (size_t)c->page_size * c->row_stride + offset;
+    return (unsigned char *)c->data + page * c->page_stride + (size_t)c->page_size * (size_t)c->dim + offset;
 }
 
 static void dsa__load_bf16(const unsigned char *p, int32_t n, float *x)
@@ -1784,7 +1791,8 @@ DSA_API dsa_status dsa_cache_read(const dsa_ctx *ctx, const dsa_cache *cache, in
     int32_t i;
     dsa_status st = dsa_cache_check(ctx, cache);
     if (st != DSA_OK) return st;
-    if (begin < 0 || begin > end || end > cache->len) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_cache_read: not 0 <= begin <= end <= len");
+    if (begin < 0 || begin > end || end > cache->len)
+        return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_cache_read: not 0 <= begin <= end <= len");
     if (begin < end && !out) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_cache_read: out is NULL");
     width = (int64_t)cache->dim + cache->dim_rope;
     for (t = begin; t < end; t++) {
@@ -1846,6 +1854,16 @@ static dsa_status dsa__arena_check(const dsa_ctx *ctx, const dsa__arena *a, cons
     if (a->used == 0) return DSA_OK;
     if (!workspace) return dsa__fail(ctx, DSA_ERR_NULL, "workspace is NULL");
     return size < dsa__arena_bytes(a) ? dsa__fail(ctx, DSA_ERR_WORKSPACE, "workspace_size is smaller than the size query says") : DSA_OK;
+}
+
+/* Calls that use both caches of a sequence want as many rows in one as in the other: a list from one addresses the other. */
+static dsa_status dsa__pairs_check(const dsa_ctx *ctx, int32_t n_seqs, const dsa_seq *seqs)
+{
+    int32_t i;
+    for (i = 0; i < n_seqs; i++)
+        if (seqs[i].len == 0 && seqs[i].latent->len != seqs[i].index->len)
+            return dsa__fail(ctx, DSA_ERR_ARGUMENT, "a sequence's latent and index caches differ in length");
+    return DSA_OK;
 }
 
 /* Walks the rows of a batch in ascending order: which sequence a row belongs to and what it may see. */
@@ -2193,7 +2211,8 @@ typedef struct dsa__select_call {
     int32_t n_tasks;
 } dsa__select_call;
 
-static dsa_status dsa__select_plan(const dsa_ctx *ctx, const dsa_select_args *a, const dsa_selection *out, dsa__arena *arena, dsa__select_call *call)
+static dsa_status dsa__select_plan(const dsa_ctx *ctx, const dsa_select_args *a, const dsa_selection *out,
+                                   dsa__arena *arena, dsa__select_call *call)
 {
     int32_t t;
     dsa_status st = dsa__ctx_check(ctx);
@@ -2259,7 +2278,8 @@ DSA_API dsa_status dsa_select(const dsa_ctx *ctx, const dsa_select_args *a, cons
     dsa__select_call call;
     dsa_status st = dsa__select_plan(ctx, a, out, &arena, &call);
     if (st != DSA_OK) return st;
-    if (a->n_rows > 0 && (!out->indices || (a->n_cols > 0 && !a->scores))) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_select: scores or indices is NULL");
+    if (a->n_rows > 0 && (!out->indices || (a->n_cols > 0 && !a->scores)))
+        return dsa__fail(ctx, DSA_ERR_NULL, "dsa_select: scores or indices is NULL");
     if ((a->ks == NULL) != (a->ke == NULL)) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_select: ks and ke go together");
     st = dsa__arena_check(ctx, &arena, a->workspace, a->workspace_size);
     if (st != DSA_OK) return st;
@@ -2281,7 +2301,8 @@ static dsa_status dsa__merge_plan(const dsa_ctx *ctx, const dsa_merge_topk_args 
     *sel = *out;
     if (sel->top_k == 0) sel->top_k = ctx->config.top_k;
     if (sel->top_k < 1) return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_merge_topk: top_k is negative");
-    if (out->order != DSA_ORDER_INDEX && out->order != DSA_ORDER_RANK) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_merge_topk: unknown order");
+    if (out->order != DSA_ORDER_INDEX && out->order != DSA_ORDER_RANK)
+        return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_merge_topk: unknown order");
     *s = (float *)dsa__take(arena, a->n_parts, a->k_in, sizeof(float));
     *x = (int32_t *)dsa__take(arena, a->n_parts, a->k_in, sizeof(int32_t));
     return arena->overflow ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "dsa_merge_topk: the workspace does not fit in size_t") : DSA_OK;
@@ -2315,7 +2336,8 @@ DSA_API dsa_status dsa_merge_topk(const dsa_ctx *ctx, const dsa_merge_topk_args 
     if (a->n_rows > 0 && !out->indices) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_merge_topk: out->indices is NULL");
     if (a->n_parts > 0 && (!a->indices || !a->scores)) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_merge_topk: indices or scores is NULL");
     for (p = 0; p < a->n_parts; p++)
-        if (a->n_rows > 0 && a->k_in > 0 && (!a->indices[p] || !a->scores[p])) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_merge_topk: a part is NULL");
+        if (a->n_rows > 0 && a->k_in > 0 && (!a->indices[p] || !a->scores[p]))
+            return dsa__fail(ctx, DSA_ERR_NULL, "dsa_merge_topk: a part is NULL");
     st = dsa__arena_check(ctx, &arena, a->workspace, a->workspace_size);
     if (st != DSA_OK) return st;
     arena = dsa__arena_over(a->workspace);
@@ -2361,6 +2383,7 @@ typedef struct dsa__attend_call {
 static dsa_status dsa__state_check(const dsa_ctx *ctx, const dsa_attend_state *state, dsa_attend_state *s)
 {
     dsa_status st = dsa__ctx_check(ctx);
+    memset(s, 0, sizeof *s);
     if (st != DSA_OK) return st;
     if (!state) return dsa__fail(ctx, DSA_ERR_NULL, "attend: state is NULL");
     *s = *state;
@@ -2373,7 +2396,8 @@ static dsa_status dsa__state_check(const dsa_ctx *ctx, const dsa_attend_state *s
 
 static dsa_status dsa__state_pointers(const dsa_ctx *ctx, const dsa_attend_state *s)
 {
-    return s->n_rows > 0 && (!s->max || !s->sum || !s->out) ? dsa__fail(ctx, DSA_ERR_NULL, "attend: state.max, sum or out is NULL") : DSA_OK;
+    return s->n_rows > 0 && (!s->max || !s->sum || !s->out)
+        ? dsa__fail(ctx, DSA_ERR_NULL, "attend: state.max, sum or out is NULL") : DSA_OK;
 }
 
 DSA_API dsa_status dsa_attend_begin(const dsa_ctx *ctx, const dsa_attend_state *state)
@@ -2412,7 +2436,8 @@ static dsa_status dsa__attend_plan(const dsa_ctx *ctx, const dsa_attend_args *a,
         return dsa__fail(ctx, DSA_ERR_SHAPE, "attend: not 0 <= n_indices <= index_stride");
     if (a->what != DSA_ATTEND_LIST && a->what != DSA_ATTEND_RANGE && a->what != DSA_ATTEND_VISIBLE)
         return dsa__fail(ctx, DSA_ERR_ARGUMENT, "attend: unknown what");
-    if (a->index_kind != DSA_LOGICAL && a->index_kind != DSA_PHYSICAL) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "attend: unknown index_kind");
+    if (a->index_kind != DSA_LOGICAL && a->index_kind != DSA_PHYSICAL)
+        return dsa__fail(ctx, DSA_ERR_ARGUMENT, "attend: unknown index_kind");
     st = dsa__rows(ctx, a->n_seqs, a->seqs, &n_rows);
     if (st == DSA_OK) st = dsa__batch_check(ctx, a->n_seqs, a->seqs, DSA_LATENT);
     if (st != DSA_OK) return st;
@@ -2432,7 +2457,8 @@ static dsa_status dsa__attend_plan(const dsa_ctx *ctx, const dsa_attend_args *a,
 }
 
 /* Adds the n rows named by t->slots to `heads` heads, the first of which is (row, head). */
-static void dsa__attend_flush(const dsa__attend_call *call, dsa__attend_task *t, const dsa_cache *c, int64_t row, int32_t head, int32_t heads, int32_t n)
+static void dsa__attend_flush(const dsa__attend_call *call, dsa__attend_task *t, const dsa_cache *c, int64_t row,
+                              int32_t head, int32_t heads, int32_t n)
 {
     const dsa_attend_state *s = &call->state;
     int32_t j, h;
@@ -2573,7 +2599,8 @@ DSA_API dsa_status dsa_attend_merge(const dsa_ctx *ctx, int32_t n_parts, const f
     if (st != DSA_OK) return st;
     if (n_parts < 0 || n_rows < 0 || n_rows > DSA__MAX_POS || n_heads < 1 || n_heads > DSA_MAX_DIM || dim_v < 1 || dim_v > DSA_MAX_DIM)
         return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_attend_merge: a count or dim");
-    if (n_rows > 0 && (!out || (n_parts > 0 && (!outs || !lses)))) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_attend_merge: outs, lses or out is NULL");
+    if (n_rows > 0 && (!out || (n_parts > 0 && (!outs || !lses))))
+        return dsa__fail(ctx, DSA_ERR_NULL, "dsa_attend_merge: outs, lses or out is NULL");
     for (p = 0; p < n_parts; p++)
         if (n_rows > 0 && (!outs[p] || !lses[p])) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_attend_merge: a part is NULL");
     for (i = 0; i < n_rows * n_heads; i++) {
@@ -2640,6 +2667,7 @@ static dsa_status dsa__step_plan(const dsa_ctx *ctx, const dsa_step_args *a, dsa
     c->attend.n_indices = c->sel.top_k;
     st = dsa_score_select_workspace(ctx, &c->score, &c->sel, &score_bytes);
     if (st == DSA_OK) st = dsa_attend_workspace(ctx, &c->attend, &c->state, &attend_bytes);
+    if (st == DSA_OK) st = dsa__pairs_check(ctx, a->n_seqs, a->seqs);
     if (st != DSA_OK) return st;
     c->score.workspace_size = c->attend.workspace_size = score_bytes > attend_bytes ? score_bytes : attend_bytes;
     c->score.workspace = c->attend.workspace = dsa__take(arena, 1, (int64_t)c->score.workspace_size, 1);
@@ -2771,7 +2799,8 @@ static void dsa__project(dsa__gemm_call g, const dsa_tensor *w, const float *x, 
 {
     const dsa_config *f = &g.ctx->config;
     int64_t o, j;
-    g.w = w; g.x = x; g.y = y; g.in = in; g.n_out = n_out; g.ldx = in; g.ldy = n_out; g.n_heads = 1;
+    g.w = w; g.x = x; g.y = y; g.in = in; g.n_out = n_out; g.ldx = in; g.ldy = n_out;
+    g.first = 0; g.n_heads = 1; g.rows_per_head = 0; g.head_x = 0; g.head_y = 0;
     if (!f->gemm) {
         dsa__parallel(g.ctx, (n_out + DSA__LANES - 1) / DSA__LANES, dsa__gemm_task, &g);
         return;
@@ -2843,6 +2872,7 @@ static dsa_status dsa__layer_plan(const dsa_ctx *ctx, const dsa_layer_args *a, d
         if (a->seqs[i].len != 0) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_layer: seqs[].len must be 0, rows are appended");
     st = dsa__batch_check(ctx, a->n_seqs, a->seqs, DSA_LATENT);
     if (st == DSA_OK && c->has_indexer) st = dsa__batch_check(ctx, a->n_seqs, a->seqs, DSA_INDEX_KEY);
+    if (st == DSA_OK && c->has_indexer) st = dsa__pairs_check(ctx, a->n_seqs, a->seqs);
     if (st != DSA_OK) return st;
 
     n = dsa__min64(c->n_rows, DSA_LAYER_TILE);
@@ -2871,7 +2901,8 @@ static dsa_status dsa__layer_plan(const dsa_ctx *ctx, const dsa_layer_args *a, d
     c->seqs      = (dsa_seq *)dsa__take(arena, n, 1, sizeof(dsa_seq));
     widest = dsa__max64(dsa__max64(f->dim_hidden, f->dim_q_lora), dsa__max64(f->dim_latent, H * f->dim_v));
     c->gemm_stride = widest * (1 + DSA__LANES) + (int64_t)DSA_LAYER_TILE * DSA__LANES;
-    c->gemm      = (float *)dsa__take(arena, dsa__max64(f->n_threads * c->gemm_stride, f->gemm ? DSA__PANEL * widest : 0), 1, sizeof(float));
+    c->gemm      = (float *)dsa__take(arena, dsa__max64(f->n_threads * c->gemm_stride,
+                                        f->gemm ? DSA__PANEL * widest : 0), 1, sizeof(float));
 
     if (n > 0) {                                         /* what a tile of n rows of the first sequence needs, any tile needs */
         dsa_seq seq;

@@ -2839,13 +2839,14 @@ static dsa_status dsa__tensor_check(const dsa_ctx *ctx, const dsa_tensor *w, con
 
 static dsa_status dsa__layer_plan(const dsa_ctx *ctx, const dsa_layer_args *a, dsa__arena *arena, dsa__layer_call *c)
 {
-    const dsa_config *f = &ctx->config;
+    const dsa_config *f;
     const dsa_layer_weights *w;
     int64_t n, widest, H;
     int32_t i;
     size_t score_bytes = 0, attend_bytes = 0;
     dsa_status st = dsa__ctx_check(ctx);
     if (st != DSA_OK) return st;
+    f = &ctx->config;
     memset(c, 0, sizeof *c);
     if (!a || !a->weights) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_layer: args or weights is NULL");
     w = a->weights;

@@ -441,7 +441,7 @@ TEST bad_steps(void)
     REFUSES(DSA_ERR_SHAPE, in.step.top_k = -1, STEP);
     REFUSES(DSA_ERR_ARGUMENT, in.step.scale = NAN, STEP);
     REFUSES(DSA_ERR_CAPACITY, now.latent.len = now.index.len = CAP - 1, STEP);
-    REFUSES(DSA_ERR_CAPACITY, now.index.len = CAP, STEP);
+    REFUSES(DSA_ERR_ARGUMENT, now.index.len = CAP, STEP);                    /* a list from one cache addresses the other */
     REFUSES(DSA_ERR_NULL, (void)0, dsa_step_workspace(&ctx, &in.step, NULL));
     REFUSES(DSA_ERR_NULL, (void)0, dsa_step_workspace(&ctx, NULL, &now.bytes));
     ACCEPTS(dsa_step_workspace(&ctx, &in.step, &now.bytes));
@@ -470,7 +470,7 @@ TEST bad_layers(void)
     REFUSES(DSA_ERR_NULL, in.w.index_k.data = NULL, LAYER);                   /* then it needs a list */
     REFUSES(DSA_ERR_ARGUMENT, in.layer.mode = (dsa_layer_mode)6, LAYER);
     REFUSES(DSA_ERR_CAPACITY, now.latent.len = now.index.len = CAP - 1, LAYER);
-    REFUSES(DSA_ERR_CAPACITY, now.index.len = CAP - 1, LAYER);
+    REFUSES(DSA_ERR_ARGUMENT, now.index.len = CAP - 1, LAYER);               /* one length for both caches */
     REFUSES(DSA_ERR_NULL, (void)0, dsa_layer_workspace(&ctx, &in.layer, NULL));
     REFUSES(DSA_ERR_NULL, (void)0, dsa_layer_workspace(&ctx, NULL, &now.bytes));
     ACCEPTS(dsa_layer_workspace(&ctx, &in.layer, &now.bytes));

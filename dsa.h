@@ -551,7 +551,9 @@ DSA_API void       dsa_pool_run(void *pool, int32_t n_tasks, dsa_task task, void
 
 #define DSA__MAX_POS INT64_C(2147483647)    /* positions are int32 in index lists */
 #define DSA__LANES 8                        /* heads (or weight rows) that one kernel tile works on side by side */
-#define DSA__BLOCK 64                       /* rows per block of scoring and of the online softmax; part of the same-bits promise */
+#define DSA__KEYS 96                        /* most keys of one call of the scoring kernel: 24 KiB of bf16 at D = 128, within L1 */
+#define DSA__ROWS 192                       /* rows per block of the online softmax; part of the same-bits promise */
+#define DSA__AHEAD 8                        /* rows of the next block that the attention kernel hears of, to prefetch them */
 
 static int32_t dsa__min32(int32_t a, int32_t b) { return a < b ? a : b; }
 static int64_t dsa__min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -782,6 +784,45 @@ DSA_API dsa_status dsa_layer_norm(float *x, int64_t n_rows, int64_t stride, int3
     return DSA_OK;
 }
 
+static void dsa__load_bf16(const unsigned char *p, int32_t n, float *x)
+{
+    int32_t i;
+    for (i = 0; i < n; i++) {
+        uint16_t b;
+        memcpy(&b, p + 2 * (size_t)i, 2);
+        x[i] = dsa_bf16_to_f32(b);
+    }
+}
+
+/* A stored index key as f32 [dim], FP8 and INT8 unscaled. */
+static void dsa__expand_key(dsa_type format, int32_t dim, const unsigned char *p, float *x)
+{
+    int32_t i;
+    if (format == DSA_F32)       memcpy(x, p, 4 * (size_t)dim);
+    else if (format == DSA_BF16) dsa__load_bf16(p, dim, x);
+    else if (format == DSA_FP8)  for (i = 0; i < dim; i++) x[i] = dsa_e4m3_to_f32(p[i]);
+    else                         for (i = 0; i < dim; i++) x[i] = (float)(int8_t)p[i];
+}
+
+/* A stored latent row as f32 [R + r]. FP8: R e4m3 | ceil(R/128) f32 scales | r bf16 (spec 6.1). */
+static void dsa__expand_latent(dsa_type format, int32_t R, int32_t r, const unsigned char *p, float *x)
+{
+    const unsigned char *scales = p + R;
+    int32_t i;
+    float s = 1.0f;
+    if (format == DSA_F32) {
+        memcpy(x, p, 4 * (size_t)(R + r));
+    } else if (format == DSA_BF16) {
+        dsa__load_bf16(p, R + r, x);
+    } else {
+        for (i = 0; i < R; i++) {
+            if (i % 128 == 0) memcpy(&s, scales + i / 128 * 4, 4);
+            x[i] = dsa_e4m3_to_f32(p[i]) * s;
+        }
+        dsa__load_bf16(scales + (R + 127) / 128 * 4, r, x + R);
+    }
+}
+
 static int dsa__is_pow2(int32_t n) { return n > 0 && (n & (n - 1)) == 0; }
 
 /* Butterflies at strides 1, 2, 4, ..: (a, b) -> (a + b, a - b); then times dim^-0.5 (spec 3.2). */
@@ -919,28 +960,74 @@ static void dsa__ref_axpys(int32_t n, int32_t dim, const float *p, int64_t ldp, 
     }
 }
 
-/* The index scores of one query against n <= DSA__BLOCK keys, eq. (1) of the DeepSeek-V3.2-Exp paper:
-
-       I[s] = scale[s] Sum_h w[h] ReLU(<q[h], k[s]>)
-
-   qt [ceil(HI / LANES), D, LANES]: the query's heads, LANES side by side, rounded as the key format demands and its scales
-   folded into w [HI]. k [n, D]: the keys as f32 (e4m3 and int8 values unscaled: their products and, up to D = 1024, int8 sums
-   are exact in f32). scale [n] or NULL. dots [DSA__BLOCK, LANES] is scratch. f32 sums; h ascending; the key's scale last. */
-static void dsa__ref_score_block(int32_t n, int32_t n_heads, int32_t dim, const float *qt, const float *w,
-                                 const float *k, const float *scale, float *dots, float *I)
+/* Packed heads: [ceil(H / LANES)][dim][LANES], LANES heads side by side, absent ones zero. */
+static void dsa__ref_pack(int32_t n_heads, int32_t dim, const float *q, float *packed)
 {
-    int32_t h0, h, s;
-    for (s = 0; s < n; s++) I[s] = 0.0f;
-    for (h0 = 0; h0 < n_heads; h0 += DSA__LANES) {
-        int32_t lanes = dsa__min32(DSA__LANES, n_heads - h0);
-        dsa__ref_dots(n, dim, k, dim, qt + (int64_t)h0 * dim, dots);
-        for (s = 0; s < n; s++)
-            for (h = 0; h < lanes; h++) {
-                float d = dots[s * DSA__LANES + h];
-                I[s] += w[h0 + h] * (d < 0.0f ? 0.0f : d);    /* this way round a NaN stays one and is never selected */
-            }
+    int32_t h, d;
+    for (h = 0; h < (n_heads + DSA__LANES - 1) / DSA__LANES * DSA__LANES; h++) {
+        float *lane = packed + (int64_t)(h / DSA__LANES) * dim * DSA__LANES + h % DSA__LANES;
+        for (d = 0; d < dim; d++) lane[(int64_t)d * DSA__LANES] = h < n_heads ? q[(int64_t)h * dim + d] : 0.0f;
     }
-    if (scale) for (s = 0; s < n; s++) I[s] *= scale[s];
+}
+
+static size_t dsa__ref_pack_floats(int32_t n_heads, int32_t dim)
+{
+    return ((size_t)n_heads + DSA__LANES - 1) / DSA__LANES * DSA__LANES * (size_t)dim;
+}
+
+/* A prepared query of the indexer: w [HI], then the heads packed. */
+static size_t dsa__ref_query_bytes(dsa_type format, int32_t n_heads, int32_t dim)
+{
+    (void)format;
+    return sizeof(float) * ((size_t)n_heads + dsa__ref_pack_floats(n_heads, dim));
+}
+
+static void dsa__ref_query_pack(dsa_type format, int32_t n_heads, int32_t dim, const float *q, const float *w, void *packed)
+{
+    (void)format;
+    memcpy(packed, w, sizeof(float) * (size_t)n_heads);
+    dsa__ref_pack(n_heads, dim, q, (float *)packed + n_heads);
+}
+
+#define DSA__REF_KEYS 32                                 /* keys expanded at a time: 16 KiB at D = 128 */
+
+static size_t dsa__ref_score_bytes(dsa_type format, int32_t n_heads, int32_t dim)
+{
+    (void)format; (void)n_heads;
+    return sizeof(float) * DSA__REF_KEYS * ((size_t)dim + DSA__LANES);
+}
+
+/* The index scores of n_q queries against n <= DSA__KEYS keys, eq. (1) of the DeepSeek-V3.2-Exp paper:
+
+       I[t][s] = scale[s] Sum_h w[t,h] ReLU(<q[t,h], k[s]>)
+
+   The query's heads are rounded as the key format demands and its own scales folded into w. rows[s] is key s as the cache holds
+   it; e4m3 and int8 values go in unscaled: their products and, up to D = 1024, int8 sums are exact in f32. scale [n] or NULL.
+   f32 sums; h ascending; the key's scale last. */
+static void dsa__ref_score(dsa_type format, int32_t n_heads, int32_t dim, int32_t n_q, const void *const *queries, int32_t n,
+                           const unsigned char *const *rows, const float *scale, float *I, int64_t ldi, void *scratch)
+{
+    float *k = (float *)scratch, *dots = k + (int64_t)DSA__REF_KEYS * dim;
+    int32_t at, m, t, h0, h, s;
+    for (at = 0; at < n; at += m) {
+        m = dsa__min32(DSA__REF_KEYS, n - at);
+        for (s = 0; s < m; s++) dsa__expand_key(format, dim, rows[at + s], k + (int64_t)s * dim);
+        for (t = 0; t < n_q; t++) {
+            const float *w = (const float *)queries[t], *q = w + n_heads;
+            float *It = I + t * ldi + at;
+            for (s = 0; s < m; s++) It[s] = 0.0f;
+            for (h0 = 0; h0 < n_heads; h0 += DSA__LANES) {
+                int32_t lanes = dsa__min32(DSA__LANES, n_heads - h0);
+                dsa__ref_dots(m, dim, k, dim, q + (int64_t)h0 * dim, dots);
+                for (s = 0; s < m; s++)
+                    for (h = 0; h < lanes; h++) {
+                        float d = dots[s * DSA__LANES + h];
+                        It[s] += w[h0 + h] * (d < 0.0f ? 0.0f : d);   /* this way round a NaN stays one and is never selected */
+                    }
+            }
+            if (scale) for (s = 0; s < m; s++) It[s] *= scale[at + s];
+        }
+    }
 }
 
 /* e^x for x <= 0, within 2 ulp; 0 below -87, NaN stays NaN. Ours, so that results do not depend on the libm at hand.
@@ -964,12 +1051,22 @@ static float dsa__exp(float x)
     return x != x ? x : y;
 }
 
-/* One step of the online softmax for n <= DSA__BLOCK rows and lanes <= LANES heads (absorbed MLA, spec 2 and 5):
+#define DSA__REF_ROWS 64                                 /* rows expanded at a time; divides DSA__ROWS */
+
+/* What an attention kernel needs to know of its operands. */
+typedef struct dsa__attend_shape {
+    dsa_type format;                                     /* of the cache rows */
+    int32_t exact;                                       /* f32 products only: f32 rows, or DSA_PRECISION_F32 */
+    int32_t n_heads, dim_latent, dim_rope, dim_v;
+    float scale;
+} dsa__attend_shape;
+
+/* One step of the online softmax for n <= DSA__REF_ROWS rows and lanes <= LANES heads (absorbed MLA, spec 2 and 5):
 
        x_s = scale <q, kv_s>      m' = max(m, max_s x_s)      p_s = e^(x_s - m')
        sum = e^(m - m') sum + Sum_s p_s                       out = e^(m - m') out + Sum_s p_s kv_s[0 : dim_v]
 
-   qt [dim_qk, LANES] one lane per head; kv [n, dim_qk] f32; x [DSA__BLOCK, LANES] scratch;
+   qt [dim_qk, LANES] one lane per head; kv [n, dim_qk] f32; x [DSA__REF_ROWS, LANES] scratch;
    max, sum [lanes]; out [lanes, dim_v]. */
 static void dsa__ref_attend_block(int32_t n, int32_t lanes, int32_t dim_qk, int32_t dim_v, float scale,
                                   const float *qt, const float *kv, float *x, float *max, float *sum, float *out)
@@ -996,6 +1093,62 @@ static void dsa__ref_attend_block(int32_t n, int32_t lanes, int32_t dim_qk, int3
         dsa__ref_axpys(n, dim_v, x + h, DSA__LANES, kv, dim_qk, o);
     }
 }
+
+static size_t dsa__ref_attend_query_bytes(const dsa__attend_shape *s)
+{
+    return sizeof(float) * dsa__ref_pack_floats(s->n_heads, s->dim_latent + s->dim_rope);
+}
+
+static void dsa__ref_attend_pack(const dsa__attend_shape *s, const float *q, void *packed)
+{
+    dsa__ref_pack(s->n_heads, s->dim_latent + s->dim_rope, q, (float *)packed);
+}
+
+static size_t dsa__ref_attend_bytes(const dsa__attend_shape *s)
+{
+    return sizeof(float) * DSA__REF_ROWS * ((size_t)s->dim_latent + (size_t)s->dim_rope + DSA__LANES);
+}
+
+/* The same for n <= DSA__ROWS cache rows and any number of heads: max, sum [n_heads], out [n_heads, dim_v]. */
+static void dsa__ref_attend(const dsa__attend_shape *s, const void *packed, int32_t n, int32_t n_ahead, const unsigned char *const *rows,
+                            float *max, float *sum, float *out, void *scratch)
+{
+    int32_t dim_qk = s->dim_latent + s->dim_rope, at, m, j, h;
+    float *kv = (float *)scratch, *x = kv + (int64_t)DSA__REF_ROWS * dim_qk;
+    (void)n_ahead;
+    for (at = 0; at < n; at += m) {
+        m = dsa__min32(DSA__REF_ROWS, n - at);
+        for (j = 0; j < m; j++) dsa__expand_latent(s->format, s->dim_latent, s->dim_rope, rows[at + j], kv + (int64_t)j * dim_qk);
+        for (h = 0; h < s->n_heads; h += DSA__LANES)
+            dsa__ref_attend_block(m, dsa__min32(DSA__LANES, s->n_heads - h), dim_qk, s->dim_v, s->scale,
+                                  (const float *)packed + (int64_t)h * dim_qk, kv, x, max + h, sum + h, out + (int64_t)h * s->dim_v);
+    }
+}
+
+/* ============================================================================================
+   >>kernels                                  what a vector ISA may replace
+   ============================================================================================
+   Every entry has a plain C version; a vector ISA overrides what it does better. `packed` and `scratch` are on 64 bytes. One
+   key's score and one head's attention are computed by the same operations in the same order wherever they lie in a call, so
+   that callers may cut their work as they like. */
+typedef struct dsa__kernels {
+    dsa_isa isa;
+    /* scoring: dsa__ref_score */
+    size_t (*query_bytes)(dsa_type format, int32_t n_heads, int32_t dim);
+    void (*query_pack)(dsa_type format, int32_t n_heads, int32_t dim, const float *q, const float *w, void *packed);
+    size_t (*score_bytes)(dsa_type format, int32_t n_heads, int32_t dim);
+    void (*score)(dsa_type format, int32_t n_heads, int32_t dim, int32_t n_q, const void *const *queries, int32_t n,
+                  const unsigned char *const *rows, const float *scale, float *I, int64_t ldi, void *scratch);
+    /* attention: dsa__ref_attend. Heads may be split between calls at multiples of 16. */
+    size_t (*attend_query_bytes)(const dsa__attend_shape *s);
+    void (*attend_pack)(const dsa__attend_shape *s, const float *q, void *packed);
+    size_t (*attend_bytes)(const dsa__attend_shape *s);
+    void (*attend)(const dsa__attend_shape *s, const void *packed, int32_t n, int32_t n_ahead, const unsigned char *const *rows,
+                   float *max, float *sum, float *out, void *scratch);
+    /* projections */
+    void (*dots)(int32_t n, int32_t dim, const float *a, int64_t lda, const float *bt, float *c);
+    void (*axpys)(int32_t n, int32_t dim, const float *p, int64_t ldp, const float *x, int64_t ldx, float *DSA__RESTRICT y);
+} dsa__kernels;
 
 /* ============================================================================================
    >>topk                                     exact selection under a total order
@@ -1044,7 +1197,7 @@ static void dsa__topk_cut(const float *s, int64_t n, int64_t k, uint32_t *bins, 
 
 /* A running selection over a stream of (score, index) that arrives in ascending index order. */
 typedef struct dsa__topk {
-    int64_t k, n, room;          /* wanted; held; places, >= k + DSA__BLOCK */
+    int64_t k, n, room;          /* wanted; held; places, >= k + DSA__KEYS */
     float above;                 /* enter only with a score > above: a tie with it has a higher index and loses */
     float *s;                    /* [room] */
     int32_t *i;                  /* [room] ascending */
@@ -1070,7 +1223,7 @@ static void dsa__topk_compact(dsa__topk *t)
     t->n = n;
 }
 
-/* Adds n <= DSA__BLOCK scores of the indices first, first + 1, .. */
+/* Adds n <= DSA__KEYS scores of the indices first, first + 1, .. */
 static void dsa__topk_push(dsa__topk *t, const float *s, int64_t n, int64_t first)
 {
     int64_t i;
@@ -1143,7 +1296,7 @@ static void dsa__topk_emit(dsa__topk *t, const dsa_selection *out, int64_t row)
 static void dsa__topk_take(dsa__arena *a, int64_t k, dsa__topk *t)
 {
     t->k = k;
-    t->room = 2 * t->k + DSA__BLOCK;
+    t->room = 2 * t->k + DSA__KEYS;
     t->s = (float *)dsa__take(a, t->room, 1, sizeof(float));
     t->i = (int32_t *)dsa__take(a, t->room, 1, sizeof(int32_t));
     t->bins = (uint32_t *)dsa__take(a, DSA__BINS, 1, sizeof(uint32_t));
@@ -1154,18 +1307,11 @@ static void dsa__topk_take(dsa__arena *a, int64_t k, dsa__topk *t)
    ============================================================================================
    A new ISA is one more section above this one and one more table here; entries that it does not improve are the scalar ones. */
 
-typedef struct dsa__kernels {
-    dsa_isa isa;
-    void (*dots)(int32_t n, int32_t dim, const float *a, int64_t lda, const float *bt, float *c);
-    void (*axpys)(int32_t n, int32_t dim, const float *p, int64_t ldp, const float *x, int64_t ldx, float *DSA__RESTRICT y);
-    void (*score_block)(int32_t n, int32_t n_heads, int32_t dim, const float *qt, const float *w,
-                        const float *k, const float *scale, float *dots, float *I);
-    void (*attend_block)(int32_t n, int32_t lanes, int32_t dim_qk, int32_t dim_v, float scale,
-                         const float *qt, const float *kv, float *x, float *max, float *sum, float *out);
-} dsa__kernels;
-
 static const dsa__kernels dsa__kernels_ref = {
-    DSA_ISA_SCALAR, dsa__ref_dots, dsa__ref_axpys, dsa__ref_score_block, dsa__ref_attend_block
+    DSA_ISA_SCALAR,
+    dsa__ref_query_bytes, dsa__ref_query_pack, dsa__ref_score_bytes, dsa__ref_score,
+    dsa__ref_attend_query_bytes, dsa__ref_attend_pack, dsa__ref_attend_bytes, dsa__ref_attend,
+    dsa__ref_dots, dsa__ref_axpys
 };
 
 /* NULL: this build or this CPU does not have it. */
@@ -1178,7 +1324,8 @@ static const dsa__kernels *dsa__kernels_for(dsa_isa isa)
 /* ============================================================================================
    >>threads                                  the optional pool
    ============================================================================================
-   Workers sleep on a condition between calls. Task i belongs to thread i % n_threads: nothing is claimed at run time. */
+   Task i belongs to thread i % n_threads: nothing is claimed at run time. A decode step is a few calls of a millisecond each, and
+   waking a sleeper costs tens of microseconds, so whoever waits looks for some 20 us before it sleeps on a condition. */
 #ifndef DSA_NO_MALLOC
 static void *dsa__malloc(void *user, size_t bytes) { (void)user; return malloc(bytes); }
 static void dsa__free(void *user, void *memory) { (void)user; free(memory); }
@@ -1197,6 +1344,25 @@ static dsa_allocator dsa__allocator(const dsa_allocator *given)
 }
 
 #ifndef DSA_NO_THREADS
+/* Memory that two threads look at without the lock. */
+#if defined(__GNUC__)
+static uint32_t dsa__atomic_get(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+static void dsa__atomic_set(uint32_t *p, uint32_t x) { __atomic_store_n(p, x, __ATOMIC_RELEASE); }
+#  if defined(__x86_64__) || defined(__i386__)
+static void dsa__pause(void) { __builtin_ia32_pause(); }
+#  elif defined(__aarch64__)
+static void dsa__pause(void) { __asm__ __volatile__("yield"); }
+#  else
+static void dsa__pause(void) { }
+#  endif
+#  define DSA__SPIN 1000
+#else
+static uint32_t dsa__atomic_get(const uint32_t *p) { return *p; }
+static void dsa__atomic_set(uint32_t *p, uint32_t x) { *p = x; }
+static void dsa__pause(void) { }
+#  define DSA__SPIN 0                        /* only under the lock */
+#endif
+
 typedef struct dsa__worker { struct dsa_pool *pool; int32_t index; pthread_t thread; } dsa__worker;
 
 struct dsa_pool {
@@ -1205,8 +1371,9 @@ struct dsa_pool {
     pthread_cond_t wake, done;
     dsa_task task;
     void *arg;
-    uint64_t generation;         /* counts runs; a worker that sees a new number has work */
-    int32_t n_threads, n_tasks, n_busy, stop;
+    uint32_t generation;         /* counts runs; a worker that sees a new number has work */
+    uint32_t n_busy;             /* workers that have not finished this run; both are written under the lock, read anywhere */
+    int32_t n_threads, n_tasks, stop;
     dsa__worker *workers;        /* [n_threads - 1] */
 };
 
@@ -1214,17 +1381,20 @@ static void *dsa__worker_main(void *arg)
 {
     dsa__worker *w = (dsa__worker *)arg;
     struct dsa_pool *p = w->pool;
-    uint64_t seen = 0;
+    uint32_t seen = 0;
     int32_t i;
-    pthread_mutex_lock(&p->lock);
     for (;;) {
+        for (i = 0; i < DSA__SPIN && dsa__atomic_get(&p->generation) == seen; i++) dsa__pause();
+        pthread_mutex_lock(&p->lock);
         while (p->generation == seen && !p->stop) pthread_cond_wait(&p->wake, &p->lock);
         if (p->stop) break;
         seen = p->generation;
         pthread_mutex_unlock(&p->lock);
         for (i = w->index; i < p->n_tasks; i += p->n_threads) p->task(p->arg, i);
         pthread_mutex_lock(&p->lock);
-        if (--p->n_busy == 0) pthread_cond_signal(&p->done);
+        dsa__atomic_set(&p->n_busy, p->n_busy - 1);
+        if (p->n_busy == 0) pthread_cond_signal(&p->done);
+        pthread_mutex_unlock(&p->lock);
     }
     pthread_mutex_unlock(&p->lock);
     return NULL;
@@ -1289,11 +1459,12 @@ DSA_API void dsa_pool_run(void *pool, int32_t n_tasks, dsa_task task, void *arg)
     p->task = task;
     p->arg = arg;
     p->n_tasks = n_tasks;
-    p->n_busy = p->n_threads - 1;
-    p->generation++;
+    dsa__atomic_set(&p->n_busy, (uint32_t)p->n_threads - 1);
+    dsa__atomic_set(&p->generation, p->generation + 1);
     pthread_cond_broadcast(&p->wake);
     pthread_mutex_unlock(&p->lock);
     for (i = 0; i < n_tasks; i += p->n_threads) task(arg, i);
+    for (i = 0; i < DSA__SPIN && dsa__atomic_get(&p->n_busy) > 0; i++) dsa__pause();
     pthread_mutex_lock(&p->lock);
     while (p->n_busy > 0) pthread_cond_wait(&p->done, &p->lock);
     pthread_mutex_unlock(&p->lock);
@@ -1690,32 +1861,34 @@ DSA_API dsa_status dsa_cache_truncate(const dsa_ctx *ctx, dsa_cache *cache, int6
     return DSA_OK;
 }
 
+static unsigned char *dsa__row_in(const dsa_cache *c, int64_t page, int64_t offset)
+{
+    return (unsigned char *)c->data + (size_t)page * c->page_stride +
+           (size_t)offset * (dsa__planar(c->kind, c->format) ? (size_t)c->dim : c->row_stride);
+}
+
+static unsigned char *dsa__scale_in(const dsa_cache *c, int64_t page, int64_t offset)     /* planar pages */
+{
+    if (c->scales) return (unsigned char *)c->scales + (size_t)page * c->scale_page_stride + 4 * (size_t)offset;
+    return (unsigned char *)c->data + (size_t)page * c->page_stride + (size_t)c->page_size * (size_t)c->dim + 4 * (size_t)offset;
+}
+
+static unsigned char *dsa__row_at(const dsa_cache *c, int64_t slot) { return dsa__row_in(c, slot / c->page_size, slot % c->page_size); }
+static unsigned char *dsa__scale_at(const dsa_cache *c, int64_t slot) { return dsa__scale_in(c, slot / c->page_size, slot % c->page_size); }
+
+/* Page of a logical position and its offset there. Both fit in 31 bits: a 32-bit division is a third of the 64-bit one, and
+   attention does one per gathered row. */
+static int64_t dsa__page_of(const dsa_cache *c, int64_t position, int64_t *offset)
+{
+    uint32_t page_size = (uint32_t)c->page_size, block = (uint32_t)position / page_size;
+    *offset = (uint32_t)position - block * page_size;
+    return c->block_table ? c->block_table[block] : (int64_t)block;
+}
+
 static int64_t dsa__slot(const dsa_cache *c, int64_t position)
 {
-    return c->block_table ? (int64_t)c->block_table[position / c->page_size] * c->page_size + position % c->page_size : position;
-}
-
-static unsigned char *dsa__row_at(const dsa_cache *c, int64_t slot)
-{
-    return (unsigned char *)c->data + (size_t)(slot / c->page_size) * c->page_stride +
-           (size_t)(slot % c->page_size) * (dsa__planar(c->kind, c->format) ? (size_t)c->dim : c->row_stride);
-}
-
-static unsigned char *dsa__scale_at(const dsa_cache *c, int64_t slot)     /* planar pages */
-{
-    size_t page = (size_t)(slot / c->page_size), offset = 4 * (size_t)(slot % c->page_size);
-    if (c->scales) return (unsigned char *)c->scales + page * c->scale_page_stride + offset;
-    return (unsigned char *)c->data + page * c->page_stride + (size_t)c->page_size * (size_t)c->dim + offset;
-}
-
-static void dsa__load_bf16(const unsigned char *p, int32_t n, float *x)
-{
-    int32_t i;
-    for (i = 0; i < n; i++) {
-        uint16_t b;
-        memcpy(&b, p + 2 * (size_t)i, 2);
-        x[i] = dsa_bf16_to_f32(b);
-    }
+    int64_t offset, page = dsa__page_of(c, position, &offset);
+    return page * c->page_size + offset;
 }
 
 static void dsa__store_bf16(unsigned char *p, int32_t n, const float *x)
@@ -1725,32 +1898,6 @@ static void dsa__store_bf16(unsigned char *p, int32_t n, const float *x)
         uint16_t b = dsa_f32_to_bf16(x[i]);
         memcpy(p + 2 * (size_t)i, &b, 2);
     }
-}
-
-/* Row at `slot` as f32 [dim + dim_rope]. Planar rows come unscaled with their scale beside (1 for all other formats). */
-static float dsa__load_row(const dsa_cache *c, int64_t slot, float *x)
-{
-    const unsigned char *p = dsa__row_at(c, slot);
-    int32_t i;
-    float s;
-    if (c->format == DSA_F32) {
-        memcpy(x, p, 4 * (size_t)(c->dim + c->dim_rope));
-    } else if (c->format == DSA_BF16) {
-        dsa__load_bf16(p, c->dim + c->dim_rope, x);
-    } else if (dsa__planar(c->kind, c->format)) {
-        if (c->format == DSA_FP8) for (i = 0; i < c->dim; i++) x[i] = dsa_e4m3_to_f32(p[i]);
-        else                      for (i = 0; i < c->dim; i++) x[i] = (float)(int8_t)p[i];
-        memcpy(&s, dsa__scale_at(c, slot), 4);
-        return s;
-    } else {                                             /* FP8 latent: R e4m3 | ceil(R/128) f32 scales | r bf16 (spec 6.1) */
-        const unsigned char *scales = p + c->dim;
-        for (i = 0; i < c->dim; i++) {
-            if (i % 128 == 0) memcpy(&s, scales + i / 128 * 4, 4);
-            x[i] = dsa_e4m3_to_f32(p[i]) * s;
-        }
-        dsa__load_bf16(scales + (c->dim + 127) / 128 * 4, c->dim_rope, x + c->dim);
-    }
-    return 1.0f;
 }
 
 static void dsa__store_row(const dsa_cache *c, int64_t slot, const float *x)
@@ -1796,8 +1943,17 @@ DSA_API dsa_status dsa_cache_read(const dsa_ctx *ctx, const dsa_cache *cache, in
     if (begin < end && !out) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_cache_read: out is NULL");
     width = (int64_t)cache->dim + cache->dim_rope;
     for (t = begin; t < end; t++) {
-        float *x = out + (t - begin) * width, s = dsa__load_row(cache, dsa__slot(cache, t), x);
-        if (dsa__planar(cache->kind, cache->format)) for (i = 0; i < cache->dim; i++) x[i] *= s;
+        int64_t slot = dsa__slot(cache, t);
+        const unsigned char *p = dsa__row_at(cache, slot);
+        float *x = out + (t - begin) * width, s;
+        if (cache->kind == DSA_LATENT) {
+            dsa__expand_latent(cache->format, cache->dim, cache->dim_rope, p, x);
+            continue;
+        }
+        dsa__expand_key(cache->format, cache->dim, p, x);
+        if (!dsa__planar(cache->kind, cache->format)) continue;
+        memcpy(&s, dsa__scale_at(cache, slot), 4);
+        for (i = 0; i < cache->dim; i++) x[i] *= s;
     }
     return DSA_OK;
 }
@@ -1958,11 +2114,21 @@ DSA_API dsa_status dsa_append(const dsa_ctx *ctx, const dsa_append_args *a)
    >>score                                    2. and 3. index scores, selection, and both in one pass
    ============================================================================================ */
 
-/* One task's scratch and the call it works on. */
+#define DSA__GROUP 32                        /* most query rows that share one pass over the keys */
+#define DSA__GROUP_SPLIT 8                   /* the same where every task holds all of them, each for its part of the keys */
+
+/* One task's scratch, for up to `group` query rows at a time. */
 typedef struct dsa__score_task {
-    float *qt, *w, *head;                    /* the prepared query: [HI', D, LANES], [HI], one head row [D] */
-    float *k, *scale, *dots, *I;             /* a block of keys [BLOCK, D], [BLOCK]; [BLOCK, LANES]; scores [BLOCK] */
-    dsa__topk top;
+    float *head;                             /* the heads of one query, rotated and rounded [HI, D] */
+    float *w;                                /* [HI] with the query's scales in */
+    unsigned char *packed;                   /* [group] prepared queries, query_bytes apart */
+    const unsigned char **rows;              /* [KEYS] */
+    float *scale;                            /* [KEYS] */
+    float *I;                                /* [group, KEYS] */
+    void *scratch;
+    dsa__topk *top;                          /* [group] */
+    const void **queries;                    /* [group] what is handed to the kernel */
+    int64_t *ks, *ke;                        /* [group] key range of each row, empty where there is nothing to score */
 } dsa__score_task;
 
 typedef struct dsa__score_call {
@@ -1971,22 +2137,27 @@ typedef struct dsa__score_call {
     const dsa_selection *out;                /* NULL: plain scores */
     dsa_selection sel;                       /* *out with its defaults resolved */
     dsa__score_task *tasks;                  /* [n_threads] */
-    int32_t n_heads, n_tasks;
+    int32_t n_heads, n_tasks, group;
     int64_t n_rows;
+    size_t query_bytes;
     float *scores;                           /* plain scores: [n_rows, stride] */
     int64_t n_cols, stride;
-    int64_t row;                             /* the row whose keys are being split */
+    int64_t row, n;                          /* the rows whose keys are being split */
 } dsa__score_call;
 
 /* Resolves and checks; takes the scratch of all tasks from the arena. */
 static dsa_status dsa__score_plan(const dsa_ctx *ctx, const dsa_score_args *a, const dsa_selection *out,
                                   dsa__arena *arena, dsa__score_call *call)
 {
-    int32_t t, D;
+    const dsa__kernels *kernels;
+    dsa_type format = DSA_F32;
+    int64_t longest = 0;
+    int32_t t, i, D;
     dsa_status st = dsa__ctx_check(ctx);
     if (st != DSA_OK) return st;
     memset(call, 0, sizeof *call);
     if (!a) return dsa__fail(ctx, DSA_ERR_NULL, "score: args is NULL");
+    kernels = ctx->kernels;
     call->ctx = ctx;
     call->args = a;
     call->out = out;
@@ -2001,20 +2172,36 @@ static dsa_status dsa__score_plan(const dsa_ctx *ctx, const dsa_score_args *a, c
         if (call->sel.top_k < 1) return dsa__fail(ctx, DSA_ERR_SHAPE, "select: top_k is negative");
         if (out->order != DSA_ORDER_INDEX && out->order != DSA_ORDER_RANK) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "select: unknown order");
     }
+    for (i = 0; i < a->n_seqs; i++) {
+        longest = dsa__max64(longest, dsa__n_q(&a->seqs[i]));
+        format = a->seqs[i].index->format;
+    }
     D = ctx->config.dim_index;
     call->n_tasks = ctx->config.n_threads;               /* of no length: an append between query and call changes no size */
+    call->group = (int32_t)dsa__max64(1, dsa__min64(longest, call->n_rows < call->n_tasks ? DSA__GROUP_SPLIT
+                        : dsa__min64(DSA__GROUP, (call->n_rows + call->n_tasks - 1) / call->n_tasks)));
+    call->query_bytes = (kernels->query_bytes(format, call->n_heads, D) + 63) & ~(size_t)63;
     call->tasks = (dsa__score_task *)dsa__take(arena, call->n_tasks, 1, sizeof *call->tasks);
     for (t = 0; t < call->n_tasks; t++) {
         dsa__score_task k;
         memset(&k, 0, sizeof k);
-        k.qt    = (float *)dsa__take(arena, ((int64_t)call->n_heads + DSA__LANES - 1) / DSA__LANES * DSA__LANES, D, sizeof(float));
-        k.w     = (float *)dsa__take(arena, call->n_heads, 1, sizeof(float));
-        k.head  = (float *)dsa__take(arena, D, 1, sizeof(float));
-        k.k     = (float *)dsa__take(arena, DSA__BLOCK, D, sizeof(float));
-        k.scale = (float *)dsa__take(arena, DSA__BLOCK, 1, sizeof(float));
-        k.dots  = (float *)dsa__take(arena, DSA__BLOCK, DSA__LANES, sizeof(float));
-        k.I     = (float *)dsa__take(arena, DSA__BLOCK, 1, sizeof(float));
-        if (out) dsa__topk_take(arena, call->sel.top_k, &k.top);
+        k.head    = (float *)dsa__take(arena, call->n_heads, D, sizeof(float));
+        k.w       = (float *)dsa__take(arena, call->n_heads, 1, sizeof(float));
+        k.packed  = (unsigned char *)dsa__take(arena, call->group, 1, call->query_bytes);
+        k.rows    = (const unsigned char **)dsa__take(arena, DSA__KEYS, 1, sizeof *k.rows);
+        k.scale   = (float *)dsa__take(arena, DSA__KEYS, 1, sizeof(float));
+        k.I       = (float *)dsa__take(arena, call->group, DSA__KEYS, sizeof(float));
+        k.scratch = dsa__take(arena, 1, 1, kernels->score_bytes(format, call->n_heads, D));
+        k.top     = (dsa__topk *)dsa__take(arena, call->group, 1, sizeof *k.top);
+        k.queries = (const void **)dsa__take(arena, call->group, 1, sizeof *k.queries);
+        k.ks      = (int64_t *)dsa__take(arena, call->group, 1, sizeof(int64_t));
+        k.ke      = (int64_t *)dsa__take(arena, call->group, 1, sizeof(int64_t));
+        for (i = 0; out && i < call->group; i++) {
+            dsa__topk top;
+            memset(&top, 0, sizeof top);
+            dsa__topk_take(arena, call->sel.top_k, &top);
+            if (arena->base && k.top) k.top[i] = top;
+        }
         if (arena->base && call->tasks) call->tasks[t] = k;
     }
     return arena->overflow ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "score: the workspace does not fit in size_t") : DSA_OK;
@@ -2035,107 +2222,181 @@ static dsa_status dsa__score_start(const dsa_ctx *ctx, const dsa_score_args *a, 
     return dsa__score_plan(ctx, a, out, &arena, call);
 }
 
-/* Row `row`'s cache and half-open key range. */
-static const dsa_cache *dsa__score_range(const dsa__score_call *call, dsa__cursor *cur, int64_t row, int64_t *ks, int64_t *ke)
-{
-    const dsa_seq *s = dsa__seek(cur, row);
-    int64_t len = dsa__len(s, s->index);
-    *ks = 0;
-    *ke = dsa__visible(cur, s, s->index, row);
-    if (call->args->ks) {
-        *ks = dsa__clamp64(call->args->ks[row], 0, len);
-        *ke = dsa__clamp64(call->args->ke[row], 0, len);
-    }
-    if (*ke < *ks) *ke = *ks;
-    return s->index;
-}
-
-/* Brings one query into the form of the key format (contracts: both sides are rounded alike), LANES heads side by side:
-   Hadamard when the keys have it; BF16 rounded; FP8 and INT8 quantised per head, the scale folded into w (spec 3.1). */
-static void dsa__score_query(const dsa__score_call *call, dsa__score_task *t, int64_t row, const dsa_cache *c)
+/* Brings one query into the form of the key format (contracts: both sides are rounded alike): Hadamard when the keys have it;
+   BF16 rounded; FP8 and INT8 quantised per head, the scale folded into w (spec 3.1). */
+static void dsa__score_query(const dsa__score_call *call, const dsa__score_task *t, int64_t row, const dsa_cache *c, void *packed)
 {
     const float *q = call->args->q + row * call->n_heads * c->dim, *w = call->args->w + row * call->n_heads;
-    int32_t h, d, D = c->dim, padded = (call->n_heads + DSA__LANES - 1) / DSA__LANES * DSA__LANES;
+    int32_t h, d, D = c->dim;
     uint8_t y[DSA_MAX_DIM_INDEX];
-    for (h = 0; h < padded; h++) {
-        float *lane = t->qt + (int64_t)(h / DSA__LANES) * D * DSA__LANES + h % DSA__LANES, s = 1.0f;
-        if (h >= call->n_heads) {
-            for (d = 0; d < D; d++) lane[(int64_t)d * DSA__LANES] = 0.0f;
-            continue;
-        }
-        memcpy(t->head, q + (int64_t)h * D, sizeof(float) * (size_t)D);
-        if (c->hadamard) dsa__hadamard(t->head, D);
+    for (h = 0; h < call->n_heads; h++) {
+        float *x = t->head + (int64_t)h * D, s = 1.0f;
+        memcpy(x, q + (int64_t)h * D, sizeof(float) * (size_t)D);
+        if (c->hadamard) dsa__hadamard(x, D);
         if (c->format == DSA_BF16) {
-            for (d = 0; d < D; d++) t->head[d] = dsa_bf16_to_f32(dsa_f32_to_bf16(t->head[d]));
+            for (d = 0; d < D; d++) x[d] = dsa_bf16_to_f32(dsa_f32_to_bf16(x[d]));
         } else if (c->format == DSA_FP8) {
-            s = dsa_quantize_e4m3(t->head, D, y);
-            for (d = 0; d < D; d++) t->head[d] = dsa_e4m3_to_f32(y[d]);
+            s = dsa_quantize_e4m3(x, D, y);
+            for (d = 0; d < D; d++) x[d] = dsa_e4m3_to_f32(y[d]);
         } else if (c->format == DSA_INT8) {
-            s = dsa_quantize_int8(t->head, D, (int8_t *)y);
-            for (d = 0; d < D; d++) t->head[d] = (float)(int8_t)y[d];
+            s = dsa_quantize_int8(x, D, (int8_t *)y);
+            for (d = 0; d < D; d++) x[d] = (float)(int8_t)y[d];
         }
-        for (d = 0; d < D; d++) lane[(int64_t)d * DSA__LANES] = t->head[d];
         t->w[h] = w[h] * s;
     }
+    call->ctx->kernels->query_pack(c->format, call->n_heads, D, t->head, t->w, packed);
 }
 
-/* Scores keys [begin, end) of a cache for the prepared query, block by block, into the running selection or into scores. */
-static void dsa__score_keys(const dsa__score_call *call, dsa__score_task *t, const dsa_cache *c, int64_t begin, int64_t end, float *scores)
+/* Prepares rows [row, row + n) of one sequence: key ranges, queries, empty selections. Rows that have nothing to choose take
+   all they see and leave an empty range: the dense fallback. */
+static const dsa_cache *dsa__score_begin(const dsa__score_call *call, dsa__score_task *t, dsa__cursor *cur, int64_t row, int64_t n)
 {
-    int planar = dsa__planar(c->kind, c->format);
-    int64_t at;
-    int32_t j, n;
-    for (at = begin; at < end; at += n) {
-        n = (int32_t)dsa__min64(DSA__BLOCK, end - at);
-        for (j = 0; j < n; j++) t->scale[j] = dsa__load_row(c, dsa__slot(c, at + j), t->k + (int64_t)j * c->dim);
-        call->ctx->kernels->score_block(n, call->n_heads, c->dim, t->qt, t->w, t->k, planar ? t->scale : NULL, t->dots, t->I);
-        if (scores) memcpy(scores + at, t->I, sizeof(float) * (size_t)n);
-        else dsa__topk_push(&t->top, t->I, n, at);
-    }
-}
-
-static void dsa__score_rows_task(void *arg, int32_t task)           /* whole rows, every n_tasks-th */
-{
-    dsa__score_call *call = (dsa__score_call *)arg;
-    dsa__score_task *t = &call->tasks[task];
-    dsa__cursor cur = { call->args->seqs, 0, 0 };
-    int64_t row, ks, ke, i;
-    for (row = task; row < call->n_rows; row += call->n_tasks) {
-        const dsa_cache *c = dsa__score_range(call, &cur, row, &ks, &ke);
+    const dsa_seq *seq = dsa__seek(cur, row);
+    const dsa_cache *c = seq->index;
+    int64_t len = dsa__len(seq, c), i, j;
+    for (i = 0; i < n; i++) {
+        int64_t ks = 0, ke = dsa__visible(cur, seq, c, row + i);
+        if (call->args->ks) {
+            ks = dsa__clamp64(call->args->ks[row + i], 0, len);
+            ke = dsa__clamp64(call->args->ke[row + i], 0, len);
+        }
         if (!call->out) {
-            float *s = call->scores + row * call->stride;
-            for (i = 0; i < call->n_cols; i++) s[i] = -dsa__infinity();
             ks = dsa__min64(ks, call->n_cols);
             ke = dsa__min64(ke, call->n_cols);
-            dsa__score_query(call, t, row, c);
-            dsa__score_keys(call, t, c, ks, ke, s);
-            continue;
-        }
-        dsa__topk_begin(&t->top);
-        if (call->sel.order == DSA_ORDER_INDEX && !call->sel.scores && ke - ks <= call->sel.top_k) {
-            for (i = ks; i < ke; i++) t->top.i[t->top.n++] = (int32_t)i;              /* dense fallback: nothing to choose */
         } else {
-            dsa__score_query(call, t, row, c);
-            dsa__score_keys(call, t, c, ks, ke, NULL);
+            dsa__topk_begin(&t->top[i]);
+            if (call->sel.order == DSA_ORDER_INDEX && !call->sel.scores && ke - ks <= call->sel.top_k) {
+                for (j = ks; j < ke; j++) t->top[i].i[t->top[i].n++] = (int32_t)j;
+                ke = ks;
+            }
         }
-        dsa__topk_emit(&t->top, &call->sel, row);
+        t->ks[i] = ks;
+        t->ke[i] = dsa__max64(ks, ke);
+        if (ke > ks) dsa__score_query(call, t, row + i, c, t->packed + (size_t)i * call->query_bytes);
+    }
+    return c;
+}
+
+/* Scores the keys of [begin, end) that the n prepared rows see, chunk after chunk, each for all rows while it lies in L1. */
+static void dsa__score_keys(const dsa__score_call *call, dsa__score_task *t, const dsa_cache *c, int64_t row, int64_t n, int64_t begin, int64_t end)
+{
+    int planar = dsa__planar(c->kind, c->format);
+    int64_t at, i, lo, hi;
+    int32_t j, m, n_q;
+    for (at = begin; at < end; at += m) {
+        int32_t of[DSA__GROUP];
+        m = (int32_t)dsa__min64(DSA__KEYS, end - at);
+        for (i = 0, n_q = 0; i < n; i++)
+            if (t->ks[i] < at + m && at < t->ke[i]) {
+                t->queries[n_q] = t->packed + (size_t)i * call->query_bytes;
+                of[n_q++] = (int32_t)i;
+            }
+        if (n_q == 0) continue;
+        for (j = 0; j < m; ) {                                            /* page after page */
+            int64_t offset, page = dsa__page_of(c, at + j, &offset);
+            int32_t run = (int32_t)dsa__min64(m - j, c->page_size - offset), r;
+            size_t stride = planar ? (size_t)c->dim : c->row_stride;
+            const unsigned char *p = dsa__row_in(c, page, offset);
+            for (r = 0; r < run; r++) t->rows[j + r] = p + (size_t)r * stride;
+            if (planar) memcpy(t->scale + j, dsa__scale_in(c, page, offset), 4 * (size_t)run);
+            j += run;
+        }
+        call->ctx->kernels->score(c->format, call->n_heads, c->dim, n_q, t->queries, m, t->rows, planar ? t->scale : NULL,
+                                  t->I, DSA__KEYS, t->scratch);
+        for (j = 0; j < n_q; j++) {
+            const float *I = t->I + (int64_t)j * DSA__KEYS;
+            i = of[j];
+            lo = dsa__max64(t->ks[i], at);
+            hi = dsa__min64(t->ke[i], at + m);
+            if (call->out) dsa__topk_push(&t->top[i], I + (lo - at), hi - lo, lo);
+            else memcpy(call->scores + (row + i) * call->stride + lo, I + (lo - at), sizeof(float) * (size_t)(hi - lo));
+        }
     }
 }
 
-static void dsa__score_split_task(void *arg, int32_t task)          /* the task-th part of one row's keys */
+/* The widest range of keys that any of the n prepared rows sees. */
+static void dsa__score_span(const dsa__score_task *t, int64_t n, int64_t *begin, int64_t *end)
+{
+    int64_t i;
+    *begin = DSA__MAX_POS;
+    *end = 0;
+    for (i = 0; i < n; i++)
+        if (t->ks[i] < t->ke[i]) {
+            *begin = dsa__min64(*begin, t->ks[i]);
+            *end = dsa__max64(*end, t->ke[i]);
+        }
+}
+
+/* How many rows from `row` on, at most `most`, belong to the sequence of `row`. */
+static int64_t dsa__score_rows(const dsa__score_call *call, dsa__cursor *cur, int64_t row, int64_t most)
+{
+    const dsa_seq *s = dsa__seek(cur, row);
+    return dsa__min64(dsa__min64(most, call->n_rows - row), cur->first + dsa__n_q(s) - row);
+}
+
+/* Plain scores start at -inf everywhere. */
+static void dsa__score_clear(const dsa__score_call *call, int64_t row, int64_t n)
+{
+    int64_t i, j;
+    for (i = row; !call->out && i < row + n; i++)
+        for (j = 0; j < call->n_cols; j++) call->scores[i * call->stride + j] = -dsa__infinity();
+}
+
+/* Groups of whole rows, every n_tasks-th. */
+static void dsa__score_rows_task(void *arg, int32_t task)
 {
     dsa__score_call *call = (dsa__score_call *)arg;
     dsa__score_task *t = &call->tasks[task];
     dsa__cursor cur = { call->args->seqs, 0, 0 };
-    int64_t ks, ke, part;
-    const dsa_cache *c = dsa__score_range(call, &cur, call->row, &ks, &ke);
-    part = ((ke - ks) / DSA__BLOCK + 1 + call->n_tasks - 1) / call->n_tasks * DSA__BLOCK;
-    ke = dsa__min64(ke, ks + (task + 1) * part);
-    ks = dsa__min64(ke, ks + task * part);
-    dsa__score_query(call, t, call->row, c);
-    dsa__topk_begin(&t->top);
-    dsa__score_keys(call, t, c, ks, ke, NULL);
-    dsa__topk_compact(&t->top);
+    int64_t row = 0, n, unit = 0, begin, end, i;
+    for (; row < call->n_rows; row += n, unit++) {
+        const dsa_cache *c;
+        n = dsa__score_rows(call, &cur, row, call->group);
+        if (unit % call->n_tasks != task) continue;
+        c = dsa__score_begin(call, t, &cur, row, n);
+        dsa__score_clear(call, row, n);
+        dsa__score_span(t, n, &begin, &end);
+        dsa__score_keys(call, t, c, row, n, begin, end);
+        for (i = 0; call->out && i < n; i++) dsa__topk_emit(&t->top[i], &call->sel, row + i);
+    }
+}
+
+/* The task-th part of the keys of rows [call->row, + call->n). */
+static void dsa__score_split_task(void *arg, int32_t task)
+{
+    dsa__score_call *call = (dsa__score_call *)arg;
+    dsa__score_task *t = &call->tasks[task];
+    dsa__cursor cur = { call->args->seqs, 0, 0 };
+    const dsa_cache *c = dsa__score_begin(call, t, &cur, call->row, call->n);
+    int64_t begin, end, part, i;
+    dsa__score_span(t, call->n, &begin, &end);
+    part = ((end - begin) / DSA__KEYS + 1 + call->n_tasks - 1) / call->n_tasks * DSA__KEYS;
+    dsa__score_keys(call, t, c, call->row, call->n, begin + task * part, dsa__min64(end, begin + (task + 1) * part));
+    for (i = 0; call->out && i < call->n; i++) dsa__topk_compact(&t->top[i]);
+}
+
+/* Runs a checked call. With enough rows every task takes whole ones. Otherwise the keys are split: the total order makes the
+   union's top-k unique, so the parts do not matter. A row of the dense fallback is complete in every task and is taken from the
+   first. */
+static void dsa__score_run(dsa__score_call *call)
+{
+    dsa__cursor cur = { call->args->seqs, 0, 0 };
+    int64_t i;
+    int32_t t;
+    if (call->n_rows >= call->n_tasks) {
+        dsa__parallel(call->ctx, call->n_tasks, dsa__score_rows_task, call);
+        return;
+    }
+    for (; call->row < call->n_rows; call->row += call->n) {
+        call->n = dsa__score_rows(call, &cur, call->row, call->group);
+        dsa__score_clear(call, call->row, call->n);
+        dsa__parallel(call->ctx, call->n_tasks, dsa__score_split_task, call);
+        for (i = 0; call->out && i < call->n; i++) {
+            for (t = 1; t < call->n_tasks && call->tasks[0].ks[i] < call->tasks[0].ke[i]; t++)
+                dsa__topk_join(&call->tasks[0].top[i], &call->tasks[t].top[i]);
+            dsa__topk_emit(&call->tasks[0].top[i], &call->sel, call->row + i);
+        }
+    }
 }
 
 DSA_API dsa_status dsa_score_workspace(const dsa_ctx *ctx, const dsa_score_args *args, size_t *bytes)
@@ -2164,43 +2425,18 @@ DSA_API dsa_status dsa_score(const dsa_ctx *ctx, const dsa_score_args *args, flo
     call.scores = scores;
     call.n_cols = n_cols;
     call.stride = stride;
-    call.n_tasks = (int32_t)dsa__min64(call.n_tasks, call.n_rows);
-    dsa__parallel(ctx, call.n_tasks, dsa__score_rows_task, &call);
+    dsa__score_run(&call);
     return DSA_OK;
 }
 
 DSA_API dsa_status dsa_score_select(const dsa_ctx *ctx, const dsa_score_args *args, const dsa_selection *out)
 {
     dsa__score_call call;
-    dsa__cursor cur;
-    int64_t ks, ke;
-    int32_t t, n_tasks;
     dsa_status st;
     if (!out) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_score_select: out is NULL");
     st = dsa__score_start(ctx, args, out, &call);
-    if (st != DSA_OK) return st;
-    if (call.n_rows >= call.n_tasks) {                   /* enough rows for everybody */
-        dsa__parallel(ctx, call.n_tasks, dsa__score_rows_task, &call);
-        return DSA_OK;
-    }
-    /* Fewer rows than threads: split each row's keys. The total order makes the union's top-k unique, so the parts do not matter. */
-    n_tasks = call.n_tasks;
-    cur.seqs = args->seqs;
-    cur.seq = 0;
-    cur.first = 0;
-    for (call.row = 0; call.row < call.n_rows; call.row++) {
-        (void)dsa__score_range(&call, &cur, call.row, &ks, &ke);
-        if (call.sel.order == DSA_ORDER_INDEX && !call.sel.scores && ke - ks <= call.sel.top_k) {
-            dsa__topk *top = &call.tasks[0].top;         /* dense fallback */
-            dsa__topk_begin(top);
-            for (; ks < ke; ks++) top->i[top->n++] = (int32_t)ks;
-        } else {
-            dsa__parallel(ctx, n_tasks, dsa__score_split_task, &call);
-            for (t = 1; t < n_tasks; t++) dsa__topk_join(&call.tasks[0].top, &call.tasks[t].top);
-        }
-        dsa__topk_emit(&call.tasks[0].top, &call.sel, call.row);
-    }
-    return DSA_OK;
+    if (st == DSA_OK) dsa__score_run(&call);
+    return st;
 }
 
 /* ---- selection over stored scores ---------------------------------------------------------- */
@@ -2362,22 +2598,26 @@ DSA_API dsa_status dsa_merge_topk(const dsa_ctx *ctx, const dsa_merge_topk_args 
 /* ============================================================================================
    >>attend                                   4. attention over what was selected, as an accumulator
    ============================================================================================
-   Work is cut into units of one row and up to DSA__HEADS heads: the heads that share one expansion of the rows to f32. Within
-   a unit the rows are taken in blocks of DSA__BLOCK valid entries from the start of the list or range, so the bits depend on
-   nothing else. */
+   A unit of work is one row with all its heads, or, with fewer rows than threads, with some of its heads: heads know nothing
+   of each other, so nothing has to be merged and no cut can change a bit. Within a unit the rows are taken in blocks of DSA__ROWS
+   valid entries from the start of the list or range. */
 
-#define DSA__HEADS 32
+#define DSA__HEADS 16                                    /* heads are split at multiples of this */
 
-typedef struct dsa__attend_task { float *qt, *kv, *x; int64_t *slots; } dsa__attend_task;
+typedef struct dsa__attend_task { void *packed, *scratch; const unsigned char **rows; } dsa__attend_task;
 
 typedef struct dsa__attend_call {
     const dsa_ctx *ctx;
     const dsa_attend_args *args;
     dsa_attend_state state;                  /* with its defaults resolved */
-    dsa__attend_task *tasks;
-    int32_t n_tasks, dim_qk;
-    int64_t n_groups, n_indices, index_stride;
-    float scale;
+    dsa__attend_shape shape;                 /* of one unit */
+    dsa__attend_task *tasks;                 /* [n_threads] */
+    int32_t n_parts;                         /* units per row */
+    int64_t n_indices, index_stride;
+    /* begin and finish within the unit, while its rows of out are in the cache: dsa_step and dsa_layer */
+    int fused;
+    const float *sinks;
+    float *lse;
 } dsa__attend_call;
 
 static dsa_status dsa__state_check(const dsa_ctx *ctx, const dsa_attend_state *state, dsa_attend_state *s)
@@ -2400,37 +2640,66 @@ static dsa_status dsa__state_pointers(const dsa_ctx *ctx, const dsa_attend_state
         ? dsa__fail(ctx, DSA_ERR_NULL, "attend: state.max, sum or out is NULL") : DSA_OK;
 }
 
+static void dsa__attend_begin_heads(const dsa_attend_state *s, int64_t at, int64_t n)
+{
+    int64_t i;
+    for (i = at; i < at + n; i++) { s->max[i] = -dsa__infinity(); s->sum[i] = 0.0f; }
+    for (i = at * s->dim_v; i < (at + n) * s->dim_v; i++) s->out[i] = 0.0f;
+}
+
+/* out = (acc / sum) e^L / (e^L + e^z), L = max + ln sum (spec 5.1), for heads [at, at + n) of the state's [n_rows, n_heads] */
+static void dsa__attend_finish_heads(const dsa_attend_state *s, int64_t at, int64_t n, const float *sinks, float *out, float *lse, float *max_logit)
+{
+    int64_t i;
+    int32_t d;
+    for (i = at; i < at + n; i++) {
+        const float *acc = s->out + i * s->dim_v;
+        float *o = out + i * s->dim_v, sum = s->sum[i], max = s->max[i], f = 0.0f, z = sinks ? sinks[i % s->n_heads] : -dsa__infinity();
+        int empty = sum == 0.0f;
+        if (!empty) {
+            if (z == -dsa__infinity()) f = 1.0f / sum;
+            else if (z <= max) f = 1.0f / (sum + dsa__exp(z - max));
+            else f = dsa__exp(max - z) / (sum * dsa__exp(max - z) + 1.0f);             /* z = +inf: 0 */
+        }
+        if (empty) for (d = 0; d < s->dim_v; d++) o[d] = 0.0f;
+        else       for (d = 0; d < s->dim_v; d++) o[d] = acc[d] * f;
+        if (max_logit) max_logit[i] = max;
+        if (lse) lse[i] = empty ? dsa__infinity() : max + (float)log((double)sum);
+    }
+}
+
 DSA_API dsa_status dsa_attend_begin(const dsa_ctx *ctx, const dsa_attend_state *state)
 {
     dsa_attend_state s;
-    int64_t i, n;
     dsa_status st = dsa__state_check(ctx, state, &s);
     if (st == DSA_OK) st = dsa__state_pointers(ctx, &s);
-    if (st != DSA_OK) return st;
-    n = s.n_rows * s.n_heads;
-    for (i = 0; i < n; i++) { s.max[i] = -dsa__infinity(); s.sum[i] = 0.0f; }
-    for (i = 0; i < n * s.dim_v; i++) s.out[i] = 0.0f;
-    return DSA_OK;
+    if (st == DSA_OK) dsa__attend_begin_heads(&s, 0, s.n_rows * s.n_heads);
+    return st;
 }
 
 static dsa_status dsa__attend_plan(const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state,
                                    dsa__arena *arena, dsa__attend_call *call)
 {
+    const dsa__kernels *kernels;
+    dsa__attend_shape *shape = &call->shape;
     int64_t n_rows;
-    int32_t t;
+    int32_t t, n_tasks, groups;
     dsa_status st;
     memset(call, 0, sizeof *call);
     st = dsa__state_check(ctx, state, &call->state);
     if (st != DSA_OK) return st;
     if (!a) return dsa__fail(ctx, DSA_ERR_NULL, "attend: args is NULL");
+    kernels = ctx->kernels;
     call->ctx = ctx;
     call->args = a;
-    call->scale = a->scale == 0.0f ? ctx->config.softmax_scale : a->scale;
-    call->dim_qk = ctx->config.dim_latent + ctx->config.dim_rope;
     call->n_indices = a->n_indices ? a->n_indices : ctx->config.top_k;
     call->index_stride = a->index_stride ? a->index_stride : call->n_indices;
-    if (call->state.dim_v > call->dim_qk) return dsa__fail(ctx, DSA_ERR_SHAPE, "attend: dim_v is wider than a cache row");
-    if (call->scale != call->scale || call->scale > FLT_MAX || call->scale < -FLT_MAX)
+    shape->scale = a->scale == 0.0f ? ctx->config.softmax_scale : a->scale;
+    shape->dim_latent = ctx->config.dim_latent;
+    shape->dim_rope = ctx->config.dim_rope;
+    shape->dim_v = call->state.dim_v;
+    if (shape->dim_v > shape->dim_latent + shape->dim_rope) return dsa__fail(ctx, DSA_ERR_SHAPE, "attend: dim_v is wider than a cache row");
+    if (shape->scale != shape->scale || shape->scale > FLT_MAX || shape->scale < -FLT_MAX)
         return dsa__fail(ctx, DSA_ERR_ARGUMENT, "attend: scale is not finite");
     if (call->n_indices < 0 || call->index_stride < call->n_indices)
         return dsa__fail(ctx, DSA_ERR_SHAPE, "attend: not 0 <= n_indices <= index_stride");
@@ -2442,76 +2711,82 @@ static dsa_status dsa__attend_plan(const dsa_ctx *ctx, const dsa_attend_args *a,
     if (st == DSA_OK) st = dsa__batch_check(ctx, a->n_seqs, a->seqs, DSA_LATENT);
     if (st != DSA_OK) return st;
     if (n_rows != call->state.n_rows) return dsa__fail(ctx, DSA_ERR_SHAPE, "attend: state.n_rows differs from the rows of seqs");
-    call->n_groups = (call->state.n_heads + DSA__HEADS - 1) / DSA__HEADS;
-    call->n_tasks = (int32_t)dsa__min64(ctx->config.n_threads, dsa__max64(n_rows * call->n_groups, 1));
-    call->tasks = (dsa__attend_task *)dsa__take(arena, call->n_tasks, 1, sizeof *call->tasks);
-    for (t = 0; t < call->n_tasks; t++) {
+    for (t = 0; t < a->n_seqs; t++) shape->format = a->seqs[t].latent->format;
+    shape->exact = shape->format == DSA_F32 || ctx->config.precision == DSA_PRECISION_F32;
+
+    n_tasks = ctx->config.n_threads;
+    groups = (call->state.n_heads + DSA__HEADS - 1) / DSA__HEADS;
+    call->n_parts = n_rows < 1 || n_rows >= n_tasks ? 1 : dsa__min32(groups, (int32_t)((n_tasks + n_rows - 1) / n_rows));
+    shape->n_heads = dsa__min32(call->state.n_heads, (groups + call->n_parts - 1) / call->n_parts * DSA__HEADS);
+    call->n_parts = (call->state.n_heads + shape->n_heads - 1) / shape->n_heads;
+    call->tasks = (dsa__attend_task *)dsa__take(arena, n_tasks, 1, sizeof *call->tasks);
+    for (t = 0; t < n_tasks; t++) {
         dsa__attend_task k;
-        k.qt    = (float *)dsa__take(arena, DSA__HEADS, call->dim_qk, sizeof(float));
-        k.kv    = (float *)dsa__take(arena, DSA__BLOCK, call->dim_qk, sizeof(float));
-        k.x     = (float *)dsa__take(arena, DSA__BLOCK, DSA__LANES, sizeof(float));
-        k.slots = (int64_t *)dsa__take(arena, DSA__BLOCK, 1, sizeof(int64_t));
+        k.packed  = dsa__take(arena, 1, 1, kernels->attend_query_bytes(shape));
+        k.scratch = dsa__take(arena, 1, 1, kernels->attend_bytes(shape));
+        k.rows    = (const unsigned char **)dsa__take(arena, DSA__ROWS + DSA__AHEAD, 1, sizeof *k.rows);
         if (arena->base && call->tasks) call->tasks[t] = k;
     }
     return arena->overflow ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "attend: the workspace does not fit in size_t") : DSA_OK;
 }
 
-/* Adds the n rows named by t->slots to `heads` heads, the first of which is (row, head). */
-static void dsa__attend_flush(const dsa__attend_call *call, dsa__attend_task *t, const dsa_cache *c, int64_t row,
-                              int32_t head, int32_t heads, int32_t n)
+/* The address of entry i of a row's list or range, NULL if it is invalid. */
+static const unsigned char *dsa__attend_row(const dsa_attend_args *a, const dsa_cache *c, int64_t len, const int32_t *list, int64_t i)
 {
-    const dsa_attend_state *s = &call->state;
-    int32_t j, h;
-    for (j = 0; j < n; j++) (void)dsa__load_row(c, t->slots[j], t->kv + (int64_t)j * call->dim_qk);
-    for (h = 0; h < heads; h += DSA__LANES) {
-        int64_t at = row * s->n_heads + head + h;
-        call->ctx->kernels->attend_block(n, dsa__min32(DSA__LANES, heads - h), call->dim_qk, s->dim_v, call->scale,
-                                         t->qt + (int64_t)h * call->dim_qk, t->kv, t->x, s->max + at, s->sum + at, s->out + at * s->dim_v);
-    }
+    int64_t position = list ? list[i] : i, offset, page;
+    if (list && a->index_kind == DSA_PHYSICAL)
+        return position < 0 || position >= c->n_pages * c->page_size ? NULL : dsa__row_at(c, position);
+    if (position < 0 || position >= len) return NULL;
+    page = dsa__page_of(c, position, &offset);
+    return dsa__row_in(c, page, offset);
 }
 
 static void dsa__attend_task_run(void *arg, int32_t task)
 {
     dsa__attend_call *call = (dsa__attend_call *)arg;
-    dsa__attend_task *t = &call->tasks[task];
+    const dsa__kernels *kernels = call->ctx->kernels;
+    const dsa_attend_state *s = &call->state;
     const dsa_attend_args *a = call->args;
+    dsa__attend_task *t = &call->tasks[task];
     dsa__cursor cur = { a->seqs, 0, 0 };
-    int64_t unit, n_units = call->state.n_rows * call->n_groups, i;
-    int32_t h, d;
-    for (unit = task; unit < n_units; unit += call->n_tasks) {
-        int64_t row = unit / call->n_groups, len, begin, end;
-        int32_t head = (int32_t)(unit % call->n_groups) * DSA__HEADS, heads = dsa__min32(DSA__HEADS, call->state.n_heads - head), n = 0;
+    int64_t unit, n_units = s->n_rows * call->n_parts;
+    int32_t n_tasks = (int32_t)dsa__min64(call->ctx->config.n_threads, n_units);
+    for (unit = task; unit < n_units; unit += n_tasks) {
+        dsa__attend_shape shape = call->shape;
+        int64_t row = unit / call->n_parts, head = unit % call->n_parts * shape.n_heads, at = row * s->n_heads + head, i = 0, end;
         const dsa_seq *seq = dsa__seek(&cur, row);
         const dsa_cache *c = seq->latent;
-        const float *q = a->q + (row * call->state.n_heads + head) * call->dim_qk;
-        len = dsa__len(seq, c);
-        for (h = 0; h < (heads + DSA__LANES - 1) / DSA__LANES * DSA__LANES; h++) {     /* heads side by side, absent ones zero */
-            float *lane = t->qt + (int64_t)(h / DSA__LANES) * call->dim_qk * DSA__LANES + h % DSA__LANES;
-            for (d = 0; d < call->dim_qk; d++) lane[(int64_t)d * DSA__LANES] = h < heads ? q[(int64_t)h * call->dim_qk + d] : 0.0f;
-        }
-        begin = 0;
-        end = a->what == DSA_ATTEND_VISIBLE ? dsa__visible(&cur, seq, c, row) : call->n_indices;
-        if (a->what == DSA_ATTEND_LIST && a->counts) end = dsa__clamp64(a->counts[row], 0, call->n_indices);
+        const int32_t *list = a->what == DSA_ATTEND_LIST ? a->indices + row * call->index_stride : NULL;
+        int64_t len = dsa__len(seq, c);
+        int32_t n = 0, now;
+        shape.n_heads = (int32_t)dsa__min64(shape.n_heads, s->n_heads - head);
+        if (call->fused) dsa__attend_begin_heads(s, at, shape.n_heads);
+        kernels->attend_pack(&shape, a->q + at * (shape.dim_latent + shape.dim_rope), t->packed);
+        end = list ? call->n_indices : dsa__visible(&cur, seq, c, row);
+        if (list && a->counts) end = dsa__clamp64(a->counts[row], 0, call->n_indices);
         if (a->what == DSA_ATTEND_RANGE) {
-            begin = dsa__clamp64(a->ks[row], 0, len);
+            i = dsa__clamp64(a->ks[row], 0, len);
             end = dsa__clamp64(a->ke[row], 0, len);
         }
-        for (i = begin; i < end; i++) {
-            int64_t position = a->what == DSA_ATTEND_LIST ? a->indices[row * call->index_stride + i] : i;
-            if (a->what == DSA_ATTEND_LIST && a->index_kind == DSA_PHYSICAL) {
-                if (position < 0 || position >= c->n_pages * c->page_size) continue;
-                t->slots[n++] = position;
-            } else {
-                if (position < 0 || position >= len) continue;
-                t->slots[n++] = dsa__slot(c, position);
+        while (i < end || n > 0) {                       /* up to a block and a glance at the next, then the block goes */
+            for (; i < end && n < DSA__ROWS + DSA__AHEAD; i++) {
+                t->rows[n] = dsa__attend_row(a, c, len, list, i);
+                n += t->rows[n] != NULL;
             }
-            if (n == DSA__BLOCK) {
-                dsa__attend_flush(call, t, c, row, head, heads, n);
-                n = 0;
-            }
+            now = dsa__min32(n, DSA__ROWS);
+            if (now > 0)
+                kernels->attend(&shape, t->packed, now, n - now, t->rows, s->max + at, s->sum + at, s->out + at * s->dim_v, t->scratch);
+            memmove((void *)t->rows, (const void *)(t->rows + now), (size_t)(n - now) * sizeof *t->rows);
+            n -= now;
         }
-        if (n > 0) dsa__attend_flush(call, t, c, row, head, heads, n);
+        if (call->fused) dsa__attend_finish_heads(s, at, shape.n_heads, call->sinks, s->out, call->lse, NULL);
     }
+}
+
+/* Runs a checked call: dsa_attend_add, or with `fused` begin, add and finish in one. */
+static void dsa__attend_run(dsa__attend_call *call)
+{
+    dsa__parallel(call->ctx, call->state.n_rows * call->n_parts, dsa__attend_task_run, call);
 }
 
 DSA_API dsa_status dsa_attend_workspace(const dsa_ctx *ctx, const dsa_attend_args *args, const dsa_attend_state *state, size_t *bytes)
@@ -2525,14 +2800,14 @@ DSA_API dsa_status dsa_attend_workspace(const dsa_ctx *ctx, const dsa_attend_arg
     return DSA_OK;
 }
 
-DSA_API dsa_status dsa_attend_add(const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state)
+/* Checks everything and lays the call out in the caller's workspace. */
+static dsa_status dsa__attend_start(const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state, dsa__attend_call *call)
 {
     dsa__arena arena = dsa__arena_over(NULL);
-    dsa__attend_call call;
-    dsa_status st = dsa__attend_plan(ctx, a, state, &arena, &call);
-    if (st == DSA_OK) st = dsa__state_pointers(ctx, &call.state);
+    dsa_status st = dsa__attend_plan(ctx, a, state, &arena, call);
+    if (st == DSA_OK) st = dsa__state_pointers(ctx, &call->state);
     if (st != DSA_OK) return st;
-    if (call.state.n_rows > 0) {
+    if (call->state.n_rows > 0) {
         if (!a->q) return dsa__fail(ctx, DSA_ERR_NULL, "attend: q is NULL");
         if (a->what == DSA_ATTEND_LIST && !a->indices) return dsa__fail(ctx, DSA_ERR_NULL, "attend: indices is NULL");
         if (a->what == DSA_ATTEND_RANGE && (!a->ks || !a->ke)) return dsa__fail(ctx, DSA_ERR_NULL, "attend: ks or ke is NULL");
@@ -2540,37 +2815,39 @@ DSA_API dsa_status dsa_attend_add(const dsa_ctx *ctx, const dsa_attend_args *a, 
     st = dsa__arena_check(ctx, &arena, a->workspace, a->workspace_size);
     if (st != DSA_OK) return st;
     arena = dsa__arena_over(a->workspace);
-    st = dsa__attend_plan(ctx, a, state, &arena, &call);
+    return dsa__attend_plan(ctx, a, state, &arena, call);
+}
+
+DSA_API dsa_status dsa_attend_add(const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state)
+{
+    dsa__attend_call call;
+    dsa_status st = dsa__attend_start(ctx, a, state, &call);
+    if (st == DSA_OK) dsa__attend_run(&call);
+    return st;
+}
+
+/* begin, add and finish of a call whose state nobody else needs: state->out becomes the result. */
+static dsa_status dsa__attend_fused(const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state, const float *sinks, float *lse)
+{
+    dsa__attend_call call;
+    dsa_status st = dsa__attend_start(ctx, a, state, &call);
     if (st != DSA_OK) return st;
-    dsa__parallel(ctx, dsa__min64(call.n_tasks, call.state.n_rows * call.n_groups), dsa__attend_task_run, &call);
+    call.fused = 1;
+    call.sinks = sinks;
+    call.lse = lse;
+    dsa__attend_run(&call);
     return DSA_OK;
 }
 
-/* out = (acc / sum) e^L / (e^L + e^z), L = max + ln sum (spec 5.1) */
 DSA_API dsa_status dsa_attend_finish(const dsa_ctx *ctx, const dsa_attend_state *state, const float *sinks,
                                      float *out, float *lse, float *max_logit)
 {
     dsa_attend_state s;
-    int64_t i, n;
-    int32_t d;
     dsa_status st = dsa__state_check(ctx, state, &s);
     if (st == DSA_OK) st = dsa__state_pointers(ctx, &s);
     if (st != DSA_OK) return st;
     if (s.n_rows > 0 && !out) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_attend_finish: out is NULL");
-    n = s.n_rows * s.n_heads;
-    for (i = 0; i < n; i++) {
-        const float *acc = s.out + i * s.dim_v;
-        float *o = out + i * s.dim_v, sum = s.sum[i], max = s.max[i], f = 0.0f, z = sinks ? sinks[i % s.n_heads] : -dsa__infinity();
-        int empty = sum == 0.0f;
-        if (!empty) {
-            if (z == -dsa__infinity()) f = 1.0f / sum;
-            else if (z <= max) f = 1.0f / (sum + dsa__exp(z - max));
-            else f = dsa__exp(max - z) / (sum * dsa__exp(max - z) + 1.0f);             /* z = +inf: 0 */
-        }
-        for (d = 0; d < s.dim_v; d++) o[d] = empty ? 0.0f : acc[d] * f;
-        if (max_logit) max_logit[i] = max;
-        if (lse) lse[i] = empty ? dsa__infinity() : max + (float)log((double)sum);
-    }
+    dsa__attend_finish_heads(&s, 0, s.n_rows * s.n_heads, sinks, out, lse, max_logit);
     return DSA_OK;
 }
 
@@ -2701,9 +2978,7 @@ DSA_API dsa_status dsa_step(const dsa_ctx *ctx, const dsa_step_args *a)
     st = dsa__step_plan(ctx, a, &arena, &c);
     if (st == DSA_OK && a->latent) st = dsa_append(ctx, &c.append);
     if (st == DSA_OK) st = dsa_score_select(ctx, &c.score, &c.sel);
-    if (st == DSA_OK) st = dsa_attend_begin(ctx, &c.state);
-    if (st == DSA_OK) st = dsa_attend_add(ctx, &c.attend, &c.state);
-    if (st == DSA_OK) st = dsa_attend_finish(ctx, &c.state, a->sinks, a->out, a->lse, NULL);
+    if (st == DSA_OK) st = dsa__attend_fused(ctx, &c.attend, &c.state, a->sinks, a->lse);
     return st;
 }
 
@@ -2842,7 +3117,7 @@ static dsa_status dsa__layer_plan(const dsa_ctx *ctx, const dsa_layer_args *a, d
     const dsa_config *f;
     const dsa_layer_weights *w;
     int64_t n, widest, H;
-    int32_t i;
+    int32_t i, t;
     size_t score_bytes = 0, attend_bytes = 0;
     dsa_status st = dsa__ctx_check(ctx);
     if (st != DSA_OK) return st;
@@ -2905,7 +3180,8 @@ static dsa_status dsa__layer_plan(const dsa_ctx *ctx, const dsa_layer_args *a, d
     c->gemm      = (float *)dsa__take(arena, dsa__max64(f->n_threads * c->gemm_stride,
                                         f->gemm ? DSA__PANEL * widest : 0), 1, sizeof(float));
 
-    if (n > 0) {                                         /* what a tile of n rows of the first sequence needs, any tile needs */
+    /* What tiles of n rows and of fewer rows than threads need (then the work is cut in another way), any tile needs. */
+    for (t = 0; t < 2 && n > 0; t++) {
         dsa_seq seq;
         dsa_score_args score;
         dsa_selection sel;
@@ -2916,15 +3192,16 @@ static dsa_status dsa__layer_plan(const dsa_ctx *ctx, const dsa_layer_args *a, d
         memset(&attend, 0, sizeof attend);
         memset(&state, 0, sizeof state);
         seq = a->seqs[0];
-        seq.n_q = (int32_t)n;
+        seq.n_q = (int32_t)(t == 0 ? n : dsa__min64(n, dsa__max64(f->n_threads - 1, 1)));
         score.n_seqs = attend.n_seqs = 1;
         score.seqs = attend.seqs = &seq;
-        state.n_rows = n;
+        state.n_rows = seq.n_q;
         if (c->has_indexer) st = dsa_score_select_workspace(ctx, &score, &sel, &score_bytes);
         if (st == DSA_OK) st = dsa_attend_workspace(ctx, &attend, &state, &attend_bytes);
         if (st != DSA_OK) return st;
+        if (score_bytes > c->shared_size) c->shared_size = score_bytes;
+        if (attend_bytes > c->shared_size) c->shared_size = attend_bytes;
     }
-    c->shared_size = score_bytes > attend_bytes ? score_bytes : attend_bytes;
     c->shared = dsa__take(arena, 1, (int64_t)c->shared_size, 1);
     return arena->overflow ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "dsa_layer: the workspace does not fit in size_t") : DSA_OK;
 }
@@ -3048,9 +3325,7 @@ static dsa_status dsa__layer_tile(const dsa_ctx *ctx, const dsa_layer_args *a, d
     state.max = c->max;
     state.sum = c->sum;
     state.out = c->o_lat;
-    st = dsa_attend_begin(ctx, &state);
-    if (st == DSA_OK) st = dsa_attend_add(ctx, &attend, &state);
-    if (st == DSA_OK) st = dsa_attend_finish(ctx, &state, NULL, c->o_lat, NULL, NULL);
+    st = dsa__attend_fused(ctx, &attend, &state, NULL, NULL);
     if (st != DSA_OK) return st;
     g.x = c->o_lat; g.ldx = H * f->dim_latent; g.head_x = f->dim_latent;
     g.y = c->o; g.ldy = H * f->dim_v; g.head_y = f->dim_v;

@@ -1,4 +1,299 @@
-/* dsa.h - v0.1.0 - DeepSeek Sparse Attention in one C header - MIT or public domain */
+/* dsa.h - v0.1.0 - DeepSeek Sparse Attention in one C header - MIT or public domain
+   SPDX-License-Identifier: MIT OR Unlicense
+
+   Attention that reads k cached rows per query however long the context is, as DeepSeek-V3.2 and GLM-5 do it: a small indexer
+   scores every row (the one part that still grows), the best k are selected exactly, and absorbed multi-head latent attention
+   (MLA) runs over those. For engines: paged and quantised caches, ragged batches, prefill, decode, drafts, shards.
+   C99 that also compiles as C++17; needs libc, libm and, unless DSA_NO_THREADS, pthreads.
+
+   QUICK START                                        // one decode step; all of it: examples/01_quick_start.c
+     #define DSA_IMPLEMENTATION                       // in exactly one file, before this include
+     #include "dsa.h"
+
+     dsa_config config = { .n_heads = 8, .dim_latent = 128, .dim_rope = 16, .n_index_heads = 4, .dim_index = 32, .top_k = 64 };
+     dsa_ctx ctx;
+     dsa_cache latents, keys;                         // check what the calls return: a dsa_status, 0 = DSA_OK
+     dsa_init(&ctx, &config);
+     dsa_cache_create(&ctx, &(dsa_cache_desc){ .kind = DSA_LATENT, .capacity = 4096 }, &latents);
+     dsa_cache_create(&ctx, &(dsa_cache_desc){ .kind = DSA_INDEX_KEY, .capacity = 4096 }, &keys);
+     dsa_seq seq = { .latent = &latents, .index = &keys, .n_q = 4096 };
+     dsa_append(&ctx, &(dsa_append_args){ .n_seqs = 1, .seqs = &seq, .latent = latent, .index_key = index_key });
+                                                      // f32: latent [4096, 128 + 16], index_key [4096, 32], q [8, 128 + 16],
+                                                      // index_q [4, 32], index_w [4], out [8, 128]; int32_t indices [64]
+     seq.n_q = 1;                                     // one query, at the newest row: which rows matter, and attend to them
+     dsa_step(&ctx, &(dsa_step_args){ .n_seqs = 1, .seqs = &seq, .q = q, .index_q = index_q, .index_w = index_w,
+         .out = out, .indices = indices, .workspace = workspace, .workspace_size = sizeof workspace });
+
+   Compile: cc -O2 app.c -lm -pthread    (no -m flags; never -ffast-math: it takes away NaN and exact rounding. C++ fills the
+   same structs by assignment: dsa_config config = {}; config.n_heads = 8;)
+
+   CONTENTS: search for the marker
+     >>manual       what it computes, which call to use, layouts, rounding, contracts, threads, memory, errors, options
+     >>api          declarations: every type and function, shapes in the comments
+     >>platform     libc, asserts, sizes, the scratch arena
+     >>numeric      number formats and row operations
+     >>ref          the algorithm in plain C: lesson, oracle and fallback
+     >>topk         exact selection under a total order
+     >>dispatch     the kernel table and its choice
+     >>threads      the optional pool
+     >>config       defaults, presets, contexts
+     >>cache        rows in memory: layouts, pages, append, read back
+     >>validate     arguments, checked once at the edge
+     >>append       1. rows into the caches
+     >>score        2. and 3. index scores, selection, and both in one pass
+     >>attend       4. attention over what was selected, as an accumulator
+     >>step         append, score, select and attend in one call
+     >>layer        5. one attention layer, hidden states in and out
+     >>end          of the implementation
+     >>revisions    what changed, and the licence */
+
+/* ============================================================================================
+   >>manual                                   what it computes, how to call it, what it promises
+   ============================================================================================
+   Chapters: WHAT IT DOES NOT DO, ALGORITHM, LAYER, CALLS, BATCHES, LAYOUTS, ROUNDING, CONTRACTS, THREADS, MEMORY, ERRORS,
+   OPTIONS, CONVENTIONS, PEERS, LIMITS, SOURCES.
+
+   WHAT IT DOES NOT DO
+     No model: no files, tokens, embeddings, MLP or experts, no residual; the layer ends at o_proj. No training (backward).
+     CPU only in this version: DSA_DEVICE_CUDA is refused with DSA_ERR_NO_DEVICE. DeepSeek-V4's compressed caches (584-byte
+     rows, FP4 keys) are not there. No eviction from the front of a cache, no rings. It never allocates behind your back,
+     prints, exits, or keeps global state.
+
+   ALGORITHM
+     symbol   config field     V3.2   GLM-5   what it is
+     H        n_heads          128    64      query heads
+     R, r     dim_latent       512    512     width of the latent c, which is key and value at once;
+              dim_rope         64     64      width of k_pe, the rotated part of the key, one for all heads
+     HI, D    n_index_heads    64     32      heads of the lightning indexer;
+              dim_index        128    128     width of its keys and queries
+     k        top_k            2048   2048    rows kept per query
+     nope, v  dim_nope, dim_v  128,128 192,256  per head: unrotated query width, value width (the layer only)
+     L        a cache's len                   rows in the cache. t is a query, s a row, h a head.
+
+     Lightning indexer, eq. (1) of the DeepSeek-V3.2-Exp paper. One score per query and row, all heads summed:
+         I[t,s] = Sum_h w[t,h] ReLU(<q_I[t,h], k_I[s]>)         q_I [HI, D], w [HI], k_I [D], I scalar
+     w comes with HI^-0.5 D^-0.5 already in it and may be negative. Over a quantised cache q_I = s_q q8 and k_I = s_k k8:
+         I[t,s] = s_k[s] Sum_h (w[t,h] s_q[t,h]) ReLU(<q8[t,h], k8[s]>)
+     Selection: S_t = the k first of the rows that t may see, ordered by score descending, then by position ascending.
+     Absorbed MLA over the latents, for the rows of S_t only:
+         x[h,s] = scale (<q_lat[h], c[s]> + <q_pe[h], k_pe[s]>)  q = [q_lat | q_pe] [H, R + r], row = [c | k_pe] [R + r]
+         lse[h] = ln Sum_s e^x[h,s]                              natural logarithm
+         out[h] = Sum_s e^(x[h,s] - lse[h]) c[s]                 [H, R]: the value is the latent itself
+     scale = (nope + r)^-0.5 m^2, m = 0.1 mscale ln(rope_factor) + 1 under YaRN, else 1: 0.1352338 for V3.2, 0.0625 for
+     GLM-5. It is not (R + r)^-0.5: absorption widens the dot product without changing its value.
+     A sink z[h] is one more column with the logit z (not scaled) and the value 0: out is multiplied by 1 / (1 + e^(z - lse)).
+     Parts of the rows, each with its own out_p and lse_p, merge exactly:
+         lse = ln Sum_p e^lse_p          out = Sum_p e^(lse_p - lse) out_p
+
+   LAYER (weights under their Hugging Face names: dsa_layer_weights; x is the output of input_layernorm)
+     x [hidden] --q_a_proj--> RMSNorm --> qr [q_lora] --q_b_proj--> q [H, nope | r] --RoPE(last r)--> q_nope, q_pe
+        |                                  +--wq_b--> q_I [HI, D] --RoPE--> queries of the indexer
+        +--kv_a_proj--> [R | r] --RMSNorm(first R), RoPE(last r)--> [c | k_pe]        row of the latent cache
+        +--wk--> LayerNorm --> RoPE --> k_I [D]                                       row of the index-key cache
+        +--weights_proj--> x HI^-0.5 D^-0.5 --> w [HI]
+     q_lat[h] = W_UK[h]^T q_nope[h]   --attend over S_t-->   o_lat [H, R]   --W_UV[h]-->   o [H, v]   --o_proj-->   y [hidden]
+     W_UK, W_UV are the rows [0, nope) and [nope, nope + v) of each head in kv_b_proj. The indexer reads the normalised qr.
+     index_rope_interleaved: 0 for V3.2 (half-split), 1 for GLM. The wrong one goes unnoticed until L exceeds k.
+
+   CALLS
+     dsa_append            rows into one or both caches                      an engine that has its own projections
+     dsa_score             all scores of a query, [rows, stride] f32         inspection, training data, your own selection
+     dsa_select            exact top-k of stored scores                      scores from elsewhere (a GPU, dsa_score)
+     dsa_score_select      both in one pass, no row of L scores              the normal way to choose rows
+     dsa_attend_begin      state = (max, sum, out), in your memory
+     dsa_attend_add        adds a list, a range or all visible rows          once per cache or pool: windows, shared prefixes
+     dsa_attend_finish     out, lse, max logit; sinks enter here             leaves the state as it is unless out is state.out
+     dsa_attend_partial    out and lse of a shard, then dsa_attend_merge     shards on several threads, machines, disks
+     dsa_merge_topk        the exact top-k over several shards' lists
+     dsa_step              [append] -> score_select -> attend                decode and drafts of a whole ragged batch
+     dsa_layer             hidden states in and out                          from weights, prefill and decode alike
+     A layer that reuses another layer's choice (GLM-5.2: dsa_layer_has_indexer) gets that layer's indices_out as indices_in.
+
+   BATCHES
+     Each call serves n_seqs sequences (dsa_seq), each with its own caches, length and n_q queries; arrays called [rows, ..]
+     hold the first sequence's queries, then the second's, and so on. Visibility: query i of n_q sits at row len - n_q + i and
+     sees the rows up to itself, so rows are appended before they are queried (dsa_step and dsa_layer do both):
+         rows   0 . . . . . . . . . len-1           len = 10, n_q = 3
+         i = 0  # # # # # # # # - -                 decode          n_q = 1
+         i = 1  # # # # # # # # # -                 drafts          n_q = 1 + drafts; refused ones go by dsa_cache_truncate,
+         i = 2  # # # # # # # # # #                                 on both caches
+                                                    chunked prefill  n_q = the chunk; any cut gives the same lists
+     ks, ke replace that rule by a half-open range per query, clamped to [0, len]. A list given to dsa_attend_add is not held
+     against it: any position in [0, len) counts, whether or not it lies after the query.
+     seq.len: 0 = the cache's own. Another value, up to the capacity, says how many rows the call may see.
+         dsa_seq batch[2] = { { .latent = &la, .index = &ia, .n_q = 1 }, { .latent = &lb, .index = &ib, .n_q = 3 } };   // 4 rows
+     A prompt of n tokens through one layer, in chunks; decode is the same call with n_q = 1:
+         dsa_layer_args args = { .weights = &weights, .n_seqs = 1, .seqs = &seq, .workspace = workspace, .workspace_size = bytes };
+         for (at = 0; at < n; at += seq.n_q) {
+             seq.n_q = n - at < 512 ? n - at : 512;
+             args.x = x + (size_t)at * hidden;                          // [n_q, hidden]
+             args.y = y + (size_t)at * hidden;
+             status = dsa_layer(&ctx, &args);
+         }
+     A union, here the newest rows and a list over one cache or two; a row named twice counts twice:
+         dsa_attend_begin(&ctx, &state);
+         dsa_attend_add(&ctx, &window, &state);                         // .what = DSA_ATTEND_RANGE, ks, ke
+         dsa_attend_add(&ctx, &chosen, &state);                         // .what = DSA_ATTEND_LIST, indices
+         dsa_attend_finish(&ctx, &state, sinks, out, lse, NULL);        // sinks, lse may be NULL
+     Paged memory: dsa_cache_view lays a cache over your pool and block table. Table entries beyond the rows in use are not
+     read, so n_blocks may count pages that are yet to come; set block_table and n_blocks in the dsa_cache when they move.
+     Engines with slot mappings give dsa_append their slots: one list for both caches, len stays, seq.len says what exists.
+     Shards (examples/05_sharded_attention.c): each scores its rows and keeps k with scores; make the positions global; merge
+     with dsa_merge_topk; each attends to its part of the merged list (foreign positions are skipped); merge the partials.
+     With several queries give ks and ke: the visibility rule would take a shard for the whole sequence.
+
+   LAYOUTS (little-endian; any alignment on the CPU; dsa_row_bytes and dsa_page_bytes compute them)
+     position i -> page p = block_table[i / page_size], offset o = i % page_size; slot = p page_size + o
+     Latent row, at data + p page_stride + o row_stride. With e = 4 (F32) or 2 (BF16) bytes an element:
+         +----------------------+-----------------+
+         | c[0 .. R)            | k_pe[0 .. r)    |       F32 2304 bytes at 512 + 64, BF16 1152
+         +----------------------+-----------------+
+         0                      e R               e (R + r)
+     FP8, the row of FlashMLA generalised, R + 4 ceil(R/128) + 2 r bytes, no padding: 656 at 512 + 64, 164 at 128 + 16:
+         +----------------------+-----------------------+----------------------+
+         | R x e4m3             | ceil(R/128) x f32     | r x bf16, k_pe       |       c[i] = e4m3[i] scale[i / 128]
+         +----------------------+-----------------------+----------------------+
+         0                      R = 512                 R + 4 ceil(R/128) = 528    656
+       Scales are written as powers of two; any f32 is read. A last tile shorter than 128 has a scale of its own.
+     Index key, F32 and BF16: rows of e D bytes, row_stride apart. FP8 and INT8: the planar page of DeepGEMM. n = page_size:
+         +---------+---------+-----+-----------+--------+--------+-----+----------+
+         | key 0   | key 1   | ... | key n-1   | s_k[0] | s_k[1] | ... | s_k[n-1] |       n (D + 4) bytes, rounded up to 4:
+         | D bytes | D bytes |     | D bytes   | f32    | f32    |     | f32      |       132 a token at D = 128
+         +---------+---------+-----+-----------+--------+--------+-----+----------+
+         0         D                           n D      n D + 4              n (D + 4)       64, 128: scales from 8192 on
+       With one page of `capacity` rows (page_size 0) all keys come first, then all scales. page_stride may be any multiple of
+       4 that holds a page. Scales elsewhere: set .scales and .scale_page_stride by hand, then dsa_cache_check.
+     Bytes a token and layer, V3.2: FP8 656 + 132 = 788, BF16 1152 + 256 = 1408, F32 2304 + 512 = 2816.
+
+   ROUNDING: the format fixes what both sides are rounded to, on every ISA
+     index keys   stored as                                           queries are rounded to
+     F32          f32                                                 f32: never through bf16 products
+     BF16         bf16, nearest even                                  bf16
+     FP8          e4m3, s = 2^ceil(log2(max(amax, 1e-4) / 448))       e4m3 with such a scale per head, folded into w
+     INT8         half to even, +-127, s = max(amax, 1e-4) / 127      int8 likewise
+     latents      c                                                   k_pe
+     F32, BF16    as the format says                                  the same
+     FP8          e4m3, s = 2^ceil(log2(max(amax / 448, 1e-4)))       bf16, never quantised
+     amax is over the row of D channels (keys, query heads) or the tile of 128 (latents). e4m3 is float8_e4m3fn: nearest even,
+     beyond 448 and infinity -> 448, NaN -> 0x7F with its sign. NaN is left out of amax; an int8 row holding one gets a NaN scale.
+     Attention over F32 latents multiplies in f32. Over BF16 and FP8 latents, vector kernels may round q and the weights
+     e^(x - max) to bf16 (the scalar path never does); DSA_PRECISION_F32 forbids it. Sums are f32 everywhere, those of the norms
+     double.
+     Hadamard: an orthonormal rotation of q_I and k_I before rounding spreads outliers. AUTO: on for FP8 and INT8 keys, off
+     for F32 and BF16. D must then be a power of two, else DSA_ERR_SHAPE: say OFF. The flag is kept with the cache; a config
+     that says ON or OFF refuses caches that differ. Append takes unrotated keys, score unrotated queries.
+
+   CONTRACTS
+     Order     The top-k is exact under a total order: score descending, then lower position. -0 equals +0. NaN and -inf are
+               never selected, +inf is a score like others. Fewer than k: the rest is -1 (score -inf). Output ascending by position
+               or, DSA_ORDER_RANK, by rank. One order means one answer, whatever the threads, tiles or shards.
+     Same bits On one ISA, one row's result does not depend on threads, batch mates, chunking or paging (score, select, attend).
+               Scalar dsa_layer as well; on vector ISAs its projections may move by 1e-5 with the chunking. Work is cut into
+               fixed blocks, so one dsa_attend_add over a list and two over its halves may differ in the last bits.
+     Across ISAs, scores differ by the order of their f32 sums: to first order by 2 (D + HI + 2) 2^-24 Sum_h |w_h| Sum_d |q_hd k_d|
+               (times s_k) at most; int8 dot products are exact. Attention differs by f32 rounding and, where bf16 is allowed,
+               by 2^-9 of each q and each weight. Sets may differ where such differences reorder scores at the cut. sin, cos
+               and ln come from libm, so another libm may move the last bit.
+     Fallback  A query that sees at most k rows gets them all, ascending, unscored (rows with NaN keys too), unless the
+               order is RANK or scores are asked for. Index keys are still written, for the day L exceeds k.
+     NaN       A NaN in a key or a query makes that score NaN: not selected. A NaN in a row that attention is told to read reaches
+               that query's output (so does a logit of +inf); in any other row, page or unused place it reaches nothing.
+     Indices   Every int32 is allowed in a list; outside [0, len) (DSA_LOGICAL) or [0, n_pages page_size) (DSA_PHYSICAL) it is
+               skipped. Duplicates count as often as they appear. PHYSICAL is for lists that came through a block table already.
+     Empty row No valid row, or only logits of -inf: out 0, lse +inf, max logit -inf. As a partial: lse -inf, weight 0.
+     Sinks     Enter finish, merge and step only, never lse. -inf changes nothing, +inf gives out 0.
+     Errors    A call that returns an error has changed nothing but `detail`. Append checks capacity, tables and slots of the whole
+               batch before the first byte. One format, dims and Hadamard flag per call. NaN and inf in data are no errors.
+     Aliasing  Outputs overlap neither inputs, workspace nor one another. Exception: out of finish and partial may be state.out.
+     Beside an appender: rows below len never change, so other threads may score, attend and step (without append) while one
+               appends to the same caches, if their seq.len is their own, handed over with your own synchronisation. What reads the
+               cache's len may not run then: len = 0, dsa_cache_read, dsa_cache_check. Truncate, destroy, a table that moves: lock.
+     Contexts  Read-only for calls, so threads may share one; calls at the same time need their own workspace, outputs, pool and
+               detail buffer (copy the dsa_ctx and set config.detail).
+
+   THREADS: the library starts none by itself
+     config.n_threads is the most tasks of a call; parallel_for runs them, in any order, on any threads. Tasks never wait for
+     each other. Without a hook they run one after the other. OpenMP, and the built-in pool:
+         static void omp_for(void *user, int32_t n, dsa_task task, void *arg)
+         {
+             int32_t i;
+             (void)user;
+             #pragma omp parallel for schedule(static, 1)
+             for (i = 0; i < n; i++) task(arg, i);
+         }
+         config.n_threads = 8;  config.parallel_for = omp_for;
+
+         dsa_pool *pool;
+         dsa_pool_create(NULL, 8, &pool);                 // 7 workers and the caller; NULL: malloc
+         config.n_threads = 8;  config.parallel_for = dsa_pool_run;  config.parallel_user = pool;
+         dsa_init(&ctx, &config);                         // contexts hold a copy of the config: fill it before
+         dsa_pool_destroy(pool);                          // at the end; a pool runs one call at a time, and no call from a task
+
+   MEMORY
+     Only dsa_cache_create and dsa_pool_create allocate (config.allocator, the pool's argument, or malloc), once. dsa_cache_init
+     takes your memory instead (dsa_cache_bytes says how much). Everything else works in a workspace that you own:
+         size_t bytes;
+         dsa_step_args args = { .n_seqs = 1, .seqs = &seq };        // pointers to data may still be NULL
+         dsa_step_workspace(&ctx, &args, &bytes);
+         args.workspace = malloc(bytes);  args.workspace_size = bytes;
+     Any alignment and content will do, and one workspace may serve all calls in turn. The size depends on the context, on formats
+     and on the counts in args (rows, heads, k, n_cols; dsa_layer: rows only up to DSA_LAYER_TILE), not on the length of a cache.
+     One query of dsa_score_select over 1,048,576 keys: at most 256 KiB per thread at k = 2048, HI = 64, D = 128.
+
+   ERRORS
+     0 is DSA_OK; DSA_STATUS_LIST names the rest. dsa_status_text gives a fixed text, config.detail a sentence about the argument:
+         char why[200];
+         config.detail = why;  config.detail_size = sizeof why;
+         dsa_init(&ctx, &config);
+         dsa_status status = dsa_step(&ctx, &args);
+         if (status != DSA_OK) fprintf(stderr, "%s: %s\n", dsa_status_text(status), why);   // read it only after an error
+
+   OPTIONS: define before the include. "every file": the same in all files of the program that include dsa.h
+     macro               default                scope                  effect
+     DSA_IMPLEMENTATION  not defined            one file               makes the functions. The file may have seen dsa.h before
+     DSA_STATIC          not defined            implementation         functions are static to that file, which alone can call them;
+                                                                       several files may each hold a private copy
+     DSA_API             extern                 every file             before each public function, e.g. a visibility attribute
+     DSA_NO_THREADS      not defined            every file             no pthread.h, no dsa_pool_x; the parallel_for hook stays
+     DSA_NO_MALLOC       not defined            implementation         no malloc and free: dsa_cache_create and dsa_pool_create need
+                                                                       an allocator, else DSA_ERR_UNSUPPORTED
+     DSA_NO_SIMD         not defined            implementation         leaves the vector sections out: scalar only
+     DSA_ASSERT(x)       ((void)0)              implementation         internal invariants; arguments are checked with or without
+
+   CONVENTIONS
+     n_ counts, dim_ widths; [a, b] in a comment is a row-major shape; [x, y) half open. 0 in a struct means the default: clear a
+     struct, then set what differs. DSA_NONE (-1) says zero and means it (dim_rope, mscale, n_q, len). Resolved values: ctx.config;
+     do not feed them to dsa_init again, it would take their zeros for defaults. For a real model start from dsa_config_preset:
+     plain zeros have V3.2's shapes but no YaRN. Public names start with dsa_ or DSA_; dsa__ and DSA__ are private.
+     Versions: dsa_version() = 10000 major + 100 minor + patch. Within a minor version your source keeps compiling and meaning
+     the same. No ABI promise between any two versions: keep header and implementation together.
+
+   PEERS: where results or bytes differ, on purpose
+     lse          natural log, without the sink. FlashMLA the same (its README says base 2), FlashInfer base 2 with the sink.
+     empty row    out 0, lse +inf (FlashMLA); FlashInfer writes -1e30.
+     bad index    anything out of range is skipped. FlashMLA's decode kernel knows only -1 and reads out of bounds otherwise.
+     ties         lower position. torch.topk leaves them open; GPU radix selections often vary from run to run.
+     FP8 scales   powers of two are written, any f32 is read. Older vLLM and SGLang caches hold raw amax / 448.
+     Hadamard     DeepSeek's code, ik_llama.cpp and SGLang (V3.2) rotate; vLLM and transformers do not. Scores agree up to
+                  rounding, stored keys do not: a cache moves between engines only if both do the same.
+     k_pe         interleaved pairs, behind the latent. transformers de-interleaves it, ik_llama.cpp puts it in front.
+
+   LIMITS
+     Positions and lengths up to 2^31 - 1 (indices are int32), as many rows in one call; sizes and offsets are size_t, strides
+     bytes, and what does not fit is DSA_ERR_OVERFLOW. Widths and head counts up to DSA_MAX_DIM, index keys up to
+     DSA_MAX_DIM_INDEX, threads up to 4096. Caches: F32, BF16, FP8, and INT8 for index keys; weights F32, BF16, F16, FP8.
+     On the scalar path e^x is within 2 ulp, and 0 for x < -87. Held by the tests: attention outputs and logits within 5e-5 of
+     transformers in f32; FlashMLA's and DeepGEMM's own tolerances; attention over rounded caches against f32 ones,
+     1 - 2<a,b>/(|a|^2 + |b|^2): 6e-5 for bf16 latents, 2e-3 for FP8.
+
+   SOURCES
+     (spec n) in comments counts the chapters of the project's notes: 1 model constants, 2 layer (2.1 YaRN), 3 indexer (3.2
+     Hadamard, 3.3 and 3.4 formats), 4 top-k, 5 attention (5.1 prefill, 5.3 merging), 6 cache layouts, 7 logits, 9 tolerances, 10
+     pitfalls. They were read from: deepseek-ai/DeepSeek-V3.2-Exp (paper, inference/model.py, kernel.py), deepseek-ai/FlashMLA
+     9241ae3 (rows, lse, sinks), deepseek-ai/DeepGEMM 54e2261 (index pages), huggingface/transformers (GLM), arXiv 2603.12201
+     (GLM-5.2 index sharing).
+*/
+
 /* ============================================================================================
    >>api                                      declarations
    ============================================================================================ */
@@ -3391,6 +3686,58 @@ DSA_API dsa_status dsa_layer(const dsa_ctx *ctx, const dsa_layer_args *a)
 #endif
 #endif /* DSA_IMPLEMENTATION */
 
-/* >>revisions
-   0.1.0  first
+/* ============================================================================================
+   >>revisions                                what changed, and the licence
+   ============================================================================================
+   0.1.0  First version. Append, score, select, attend, step and layer on the CPU; f32, bf16, FP8 and int8 caches.
+*/
+
+/*
+dsa.h is available under either of two licences; choose the one you prefer.
+
+------------------------------------------------------------------------------
+ALTERNATIVE A - MIT License
+
+Copyright (c) 2026 the dsa.h authors
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of
+this software and associated documentation files (the "Software"), to deal in
+the Software without restriction, including without limitation the rights to
+use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies
+of the Software, and to permit persons to whom the Software is furnished to do
+so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all
+copies or substantial portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+SOFTWARE.
+
+------------------------------------------------------------------------------
+ALTERNATIVE B - Public Domain (www.unlicense.org)
+
+This is free and unencumbered software released into the public domain.
+
+Anyone is free to copy, modify, publish, use, compile, sell, or distribute this
+software, either in source code form or as a compiled binary, for any purpose,
+commercial or non-commercial, and by any means.
+
+In jurisdictions that recognize copyright laws, the author or authors of this
+software dedicate any and all copyright interest in the software to the public
+domain. We make this dedication for the benefit of the public at large and to
+the detriment of our heirs and successors. We intend this dedication to be an
+overt act of relinquishment in perpetuity of all present and future rights to
+this software under copyright law.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN
+ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION
+WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 */

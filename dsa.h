@@ -67,12 +67,13 @@
      HI, D    n_index_heads    64     32      heads of the lightning indexer;
               dim_index        128    128     width of its keys and queries
      k        top_k            2048   2048    rows kept per query
-     nope, v  dim_nope, dim_v  128,128 192,256  per head: unrotated query width, value width (the layer only)
+     nope     dim_nope         128    192     per head, the layer only: width of q and key without RoPE;
+     v        dim_v            128    256     width of the value after W_UV
      L        a cache's len                   rows in the cache. t is a query, s a row, h a head.
 
      Lightning indexer, eq. (1) of the DeepSeek-V3.2-Exp paper. One score per query and row, all heads summed:
          I[t,s] = Sum_h w[t,h] ReLU(<q_I[t,h], k_I[s]>)         q_I [HI, D], w [HI], k_I [D], I scalar
-     w comes with HI^-0.5 D^-0.5 already in it and may be negative. Over a quantised cache q_I = s_q q8 and k_I = s_k k8:
+     w comes with HI^-0.5 D^-0.5 already in it and may be negative. Over FP8 and INT8 keys, q_I ~ s_q q8 and k_I ~ s_k k8:
          I[t,s] = s_k[s] Sum_h (w[t,h] s_q[t,h]) ReLU(<q8[t,h], k8[s]>)
      Selection: S_t = the k first of the rows that t may see, ordered by score descending, then by position ascending.
      Absorbed MLA over the latents, for the rows of S_t only:
@@ -90,7 +91,7 @@
         |                                  +--wq_b--> q_I [HI, D] --RoPE--> queries of the indexer
         +--kv_a_proj--> [R | r] --RMSNorm(first R), RoPE(last r)--> [c | k_pe]        row of the latent cache
         +--wk--> LayerNorm --> RoPE --> k_I [D]                                       row of the index-key cache
-        +--weights_proj--> x HI^-0.5 D^-0.5 --> w [HI]
+        +--weights_proj--> times HI^-0.5 D^-0.5 --> w [HI]
      q_lat[h] = W_UK[h]^T q_nope[h]   --attend over S_t-->   o_lat [H, R]   --W_UV[h]-->   o [H, v]   --o_proj-->   y [hidden]
      W_UK, W_UV are the rows [0, nope) and [nope, nope + v) of each head in kv_b_proj. The indexer reads the normalised qr.
      index_rope_interleaved: 0 for V3.2 (half-split), 1 for GLM. The wrong one goes unnoticed until L exceeds k.
@@ -108,6 +109,7 @@
      dsa_step              [append] -> score_select -> attend                decode and drafts of a whole ragged batch
      dsa_layer             hidden states in and out                          from weights, prefill and decode alike
      A layer that reuses another layer's choice (GLM-5.2: dsa_layer_has_indexer) gets that layer's indices_out as indices_in.
+     dsa_layer's modes DENSE (all visible rows) and WINDOW (the newest k) are baselines over the same caches.
 
    BATCHES
      Each call serves n_seqs sequences (dsa_seq), each with its own caches, length and n_q queries; arrays called [rows, ..]
@@ -119,7 +121,9 @@
          i = 2  # # # # # # # # # #                                 on both caches
                                                     chunked prefill  n_q = the chunk; any cut gives the same lists
      ks, ke replace that rule by a half-open range per query, clamped to [0, len]. A list given to dsa_attend_add is not held
-     against it: any position in [0, len) counts, whether or not it lies after the query.
+     against it: any position in [0, len) counts, whether or not it lies after the query (dsa_layer's indices_in must not look
+     ahead: whether a later row is there already depends on how the chunk was cut).
+     Sequences of a call may share pages or whole caches (common prefixes, beams) as long as nobody appends to a shared page.
      seq.len: 0 = the cache's own. Another value, up to the capacity, says how many rows the call may see.
          dsa_seq batch[2] = { { .latent = &la, .index = &ia, .n_q = 1 }, { .latent = &lb, .index = &ib, .n_q = 3 } };   // 4 rows
      A prompt of n tokens through one layer, in chunks; decode is the same call with n_q = 1:
@@ -142,7 +146,8 @@
      with dsa_merge_topk; each attends to its part of the merged list (foreign positions are skipped); merge the partials.
      With several queries give ks and ke: the visibility rule would take a shard for the whole sequence.
 
-   LAYOUTS (little-endian; any alignment on the CPU; dsa_row_bytes and dsa_page_bytes compute them)
+   LAYOUTS (any alignment; numbers in the machine's byte order, little-endian where caches are exchanged; dsa_row_bytes and
+   dsa_page_bytes compute the sizes)
      position i -> page p = block_table[i / page_size], offset o = i % page_size; slot = p page_size + o
      Latent row, at data + p page_stride + o row_stride. With e = 4 (F32) or 2 (BF16) bytes an element:
          +----------------------+-----------------+
@@ -160,7 +165,7 @@
          | key 0   | key 1   | ... | key n-1   | s_k[0] | s_k[1] | ... | s_k[n-1] |       n (D + 4) bytes, rounded up to 4:
          | D bytes | D bytes |     | D bytes   | f32    | f32    |     | f32      |       132 a token at D = 128
          +---------+---------+-----+-----------+--------+--------+-----+----------+
-         0         D                           n D      n D + 4              n (D + 4)       64, 128: scales from 8192 on
+         0         D                           n D      n D + 4              n (D + 4)       n = 64, D = 128: scales from 8192
        With one page of `capacity` rows (page_size 0) all keys come first, then all scales. page_stride may be any multiple of
        4 that holds a page. Scales elsewhere: set .scales and .scale_page_stride by hand, then dsa_cache_check.
      Bytes a token and layer, V3.2: FP8 656 + 132 = 788, BF16 1152 + 256 = 1408, F32 2304 + 512 = 2816.
@@ -188,8 +193,8 @@
                never selected, +inf is a score like others. Fewer than k: the rest is -1 (score -inf). Output ascending by position
                or, DSA_ORDER_RANK, by rank. One order means one answer, whatever the threads, tiles or shards.
      Same bits On one ISA, one row's result does not depend on threads, batch mates, chunking or paging (score, select, attend).
-               Scalar dsa_layer as well; on vector ISAs its projections may move by 1e-5 with the chunking. Work is cut into
-               fixed blocks, so one dsa_attend_add over a list and two over its halves may differ in the last bits.
+               Scalar dsa_layer as well; on vector ISAs or with a gemm hook its projections may move by 1e-5 with the chunking.
+               Work is cut into fixed blocks, so one dsa_attend_add over a list and two over its halves may differ in the last bits.
      Across ISAs, scores differ by the order of their f32 sums: to first order by 2 (D + HI + 2) 2^-24 Sum_h |w_h| Sum_d |q_hd k_d|
                (times s_k) at most; int8 dot products are exact. Attention differs by f32 rounding and, where bf16 is allowed,
                by 2^-9 of each q and each weight. Sets may differ where such differences reorder scores at the cut. sin, cos
@@ -204,7 +209,8 @@
      Sinks     Enter finish, merge and step only, never lse. -inf changes nothing, +inf gives out 0.
      Errors    A call that returns an error has changed nothing but `detail`. Append checks capacity, tables and slots of the whole
                batch before the first byte. One format, dims and Hadamard flag per call. NaN and inf in data are no errors.
-     Aliasing  Outputs overlap neither inputs, workspace nor one another. Exception: out of finish and partial may be state.out.
+     Memory    Outputs overlap neither inputs, workspace nor one another. Exception: out of finish and partial may be state.out.
+               Caches, weights and workspaces may have any alignment; all other arrays that of their type.
      Beside an appender: rows below len never change, so other threads may score, attend and step (without append) while one
                appends to the same caches, if their seq.len is their own, handed over with your own synchronisation. What reads the
                cache's len may not run then: len = 0, dsa_cache_read, dsa_cache_check. Truncate, destroy, a table that moves: lock.
@@ -241,7 +247,8 @@
      One query of dsa_score_select over 1,048,576 keys: at most 256 KiB per thread at k = 2048, HI = 64, D = 128.
 
    ERRORS
-     0 is DSA_OK; DSA_STATUS_LIST names the rest. dsa_status_text gives a fixed text, config.detail a sentence about the argument:
+     0 is DSA_OK; DSA_STATUS_LIST names the rest. dsa_status_text gives a fixed text, and calls with a context put a sentence about
+     the argument into config.detail:
          char why[200];
          config.detail = why;  config.detail_size = sizeof why;
          dsa_init(&ctx, &config);
@@ -282,9 +289,9 @@
      Positions and lengths up to 2^31 - 1 (indices are int32), as many rows in one call; sizes and offsets are size_t, strides
      bytes, and what does not fit is DSA_ERR_OVERFLOW. Widths and head counts up to DSA_MAX_DIM, index keys up to
      DSA_MAX_DIM_INDEX, threads up to 4096. Caches: F32, BF16, FP8, and INT8 for index keys; weights F32, BF16, F16, FP8.
-     On the scalar path e^x is within 2 ulp, and 0 for x < -87. Held by the tests: attention outputs and logits within 5e-5 of
-     transformers in f32; FlashMLA's and DeepGEMM's own tolerances; attention over rounded caches against f32 ones,
-     1 - 2<a,b>/(|a|^2 + |b|^2): 6e-5 for bf16 latents, 2e-3 for FP8.
+     On the scalar path e^x is within 2 ulp, and 0 for x < -87. Held by the tests and build/conformance: attention outputs and
+     logits within 5e-5 of transformers in f32; FlashMLA's and DeepGEMM's own tolerances; attention outputs over rounded caches
+     against those over f32, 1 - 2<a,b>/(|a|^2 + |b|^2): at most 6e-5 for bf16 latents, 2e-3 for FP8.
 
    SOURCES
      (spec n) in comments counts the chapters of the project's notes: 1 model constants, 2 layer (2.1 YaRN), 3 indexer (3.2

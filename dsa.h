@@ -33,6 +33,7 @@
      >>platform     libc, asserts, sizes, the scratch arena
      >>numeric      number formats and row operations
      >>ref          the algorithm in plain C: lesson, oracle and fallback
+     >>kernels      what a vector ISA may replace
      >>topk         exact selection under a total order
      >>dispatch     the kernel table and its choice
      >>threads      the optional pool
@@ -369,7 +370,14 @@ typedef enum dsa_type {          /* element type of a tensor or format of a cach
 
 typedef enum dsa_kind { DSA_LATENT = 0, DSA_INDEX_KEY } dsa_kind;   /* what a cache holds */
 
-typedef enum dsa_isa { DSA_ISA_AUTO = 0, DSA_ISA_SCALAR, DSA_ISA_AVX2, DSA_ISA_AVX512, DSA_ISA_NEON } dsa_isa;
+typedef enum dsa_isa {
+    DSA_ISA_AUTO = 0,            /* the best that this build and this CPU have */
+    DSA_ISA_SCALAR,
+    DSA_ISA_AVX2,                /* AVX2, FMA, F16C */
+    DSA_ISA_AVX512,              /* AVX-512 F, BW, VL, DQ, and BF16, VNNI, VBMI where the CPU has all three */
+    DSA_ISA_NEON,                /* AArch64 */
+    DSA_ISA_AVX512_BASE          /* AVX-512 without those three, for tests */
+} dsa_isa;
 
 typedef enum dsa_device { DSA_DEVICE_CPU = 0, DSA_DEVICE_CUDA, DSA_DEVICE_AUTO } dsa_device;
 
@@ -487,7 +495,7 @@ typedef struct dsa_ctx {
 
 DSA_API int         dsa_version(void);                     /* major * 10000 + minor * 100 + patch */
 DSA_API const char *dsa_status_text(dsa_status status);    /* never NULL */
-DSA_API const char *dsa_isa_name(dsa_isa isa);             /* "auto", "scalar", "avx2", "avx512", "neon" */
+DSA_API const char *dsa_isa_name(dsa_isa isa);             /* "auto", "scalar", "avx2", "avx512", "neon", "avx512base" */
 /* Fills the model part of *config and zeroes the rest. ERR_NULL, ERR_ARGUMENT. */
 DSA_API dsa_status  dsa_config_preset(dsa_preset preset, dsa_config *config);
 /* Resolves defaults, checks the config (ERR_SHAPE, ERR_ARGUMENT), picks the kernels (ERR_UNSUPPORTED if the forced
@@ -827,6 +835,15 @@ DSA_API void       dsa_pool_run(void *pool, int32_t n_tasks, dsa_task task, void
 #endif
 #ifndef DSA_NO_THREADS
 #  include <pthread.h>
+#endif
+/* The vector sections. They need no compiler flags: every function in them names its own target. */
+#if !defined(DSA_NO_SIMD) && defined(__GNUC__) && defined(__x86_64__)
+#  define DSA__X86
+#  include <cpuid.h>
+#  include <immintrin.h>
+#elif !defined(DSA_NO_SIMD) && defined(__GNUC__) && defined(__aarch64__) && defined(__ARM_NEON) && !defined(__ARM_BIG_ENDIAN)
+#  define DSA__ARM
+#  include <arm_neon.h>
 #endif
 #ifndef DSA_ASSERT
 #  define DSA_ASSERT(x) ((void)0)      /* internal invariants only; arguments are checked with or without it */
@@ -1616,9 +1633,36 @@ static const dsa__kernels dsa__kernels_ref = {
     dsa__ref_dots, dsa__ref_axpys
 };
 
+#ifdef DSA__X86
+/* What the CPU can do and the operating system saves: an instruction set is usable only if its registers survive a task switch,
+   which XGETBV tells (2, 4: SSE and AVX; 0xE0: the three parts of AVX-512). */
+enum { DSA__HAS_AVX2 = 1, DSA__HAS_AVX512 = 2, DSA__HAS_AVX512_MORE = 4 };
+
+static int dsa__cpu_features(void)
+{
+    unsigned a, b, c, d, saved, high;
+    int has = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+    if (!(c & (1u << 27)) || !(c & (1u << 28)) || !(c & (1u << 12)) || !(c & (1u << 29))) return 0;     /* OSXSAVE AVX FMA F16C */
+    __asm__ __volatile__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    if ((saved & 6u) != 6u || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    if (b & (1u << 5)) has = DSA__HAS_AVX2;
+    if (has && (saved & 0xE0u) == 0xE0u && (b & (1u << 16)) && (b & (1u << 17)) && (b & (1u << 30)) && (b & (1u << 31))) {
+        has |= DSA__HAS_AVX512;                                                                          /* F DQ BW VL */
+        if ((c & (1u << 1)) && (c & (1u << 11)) && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5)))
+            has |= DSA__HAS_AVX512_MORE;                                                                 /* VBMI VNNI BF16 */
+    }
+    return has;
+}
+#endif
+
 /* NULL: this build or this CPU does not have it. */
 static const dsa__kernels *dsa__kernels_for(dsa_isa isa)
 {
+#ifdef DSA__X86
+    int has = dsa__cpu_features();
+    (void)has;
+#endif
     if (isa == DSA_ISA_AUTO || isa == DSA_ISA_SCALAR) return &dsa__kernels_ref;
     return NULL;
 }
@@ -1789,8 +1833,8 @@ DSA_API const char *dsa_status_text(dsa_status status)
 
 DSA_API const char *dsa_isa_name(dsa_isa isa)
 {
-    static const char *const names[] = { "auto", "scalar", "avx2", "avx512", "neon" };
-    return (int)isa >= 0 && (int)isa < 5 ? names[isa] : "unknown";
+    static const char *const names[] = { "auto", "scalar", "avx2", "avx512", "neon", "avx512base" };
+    return (int)isa >= 0 && (int)isa < 6 ? names[isa] : "unknown";
 }
 
 DSA_API int dsa_layer_has_indexer(int32_t freq, int32_t offset, int32_t i)
@@ -1876,7 +1920,7 @@ DSA_API dsa_status dsa_init(dsa_ctx *ctx, const dsa_config *config)
     if (c->hadamard == DSA_HADAMARD_ON && !dsa__is_pow2(c->dim_index))
         return dsa__fail(&t, DSA_ERR_SHAPE, "dsa_init: Hadamard needs a dim_index that is a power of two");
     if ((int)c->hadamard < 0 || c->hadamard > DSA_HADAMARD_OFF || (int)c->precision < 0 || c->precision > DSA_PRECISION_F32 ||
-        (int)c->isa < 0 || c->isa > DSA_ISA_NEON || (int)c->rope_layout < 0 || c->rope_layout > DSA_ROPE_HALF)
+        (int)c->isa < 0 || c->isa > DSA_ISA_AVX512_BASE || (int)c->rope_layout < 0 || c->rope_layout > DSA_ROPE_HALF)
         return dsa__fail(&t, DSA_ERR_ARGUMENT, "dsa_init: unknown enum value");
     if (c->n_threads < 1 || c->n_threads > 4096)
         return dsa__fail(&t, DSA_ERR_ARGUMENT, "dsa_init: n_threads must lie in [1, 4096]");

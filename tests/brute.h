@@ -194,9 +194,10 @@ static inline void brute_attend(int32_t heads, int32_t dim_v, int32_t dim_rest, 
 }
 
 /* ---- the ISAs a test runs on: every one that this build and this CPU have ------------------------------------ */
-static inline int brute_isas(dsa_isa *isas)                      /* room for 4; returns how many */
+enum { BRUTE_ISAS = 5 };
+static inline int brute_isas(dsa_isa *isas)                      /* [BRUTE_ISAS]; returns how many */
 {
-    static const dsa_isa all[] = { DSA_ISA_SCALAR, DSA_ISA_AVX2, DSA_ISA_AVX512, DSA_ISA_NEON };
+    static const dsa_isa all[] = { DSA_ISA_SCALAR, DSA_ISA_AVX2, DSA_ISA_AVX512_BASE, DSA_ISA_AVX512, DSA_ISA_NEON };
     int n = 0;
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
         dsa_config config;

@@ -23,6 +23,9 @@
 /* |error| <= bound, and the figure is printed if not. */
 #define WITHIN(BOUND, ERROR) ASSERT_IN_RANGE(0, ERROR, BOUND)
 
+/* The ISA that the running suite is forced to; main runs the suites once for each that this build and this CPU have. */
+extern dsa_isa test_isa;
+
 /* ---- memory: every block has its exact size, so that a sanitizer sees one element too many ---- */
 typedef struct bag { void **block; size_t n; } bag;
 

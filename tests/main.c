@@ -1,4 +1,5 @@
-/* Runs every suite; -h prints the options. */
+/* Runs every suite; -h prints the options. Suites that look at results of the vector kernels run once per ISA. */
+#include "brute.h"
 #include "harness.h"
 
 SUITE_EXTERN(numeric_suite);
@@ -14,6 +15,22 @@ SUITE_EXTERN(golden_suite);
 
 GREATEST_MAIN_DEFS();
 
+dsa_isa test_isa = DSA_ISA_SCALAR;
+
+static void run_per_isa(void (*suite)(void), const char *name)
+{
+    dsa_isa isas[BRUTE_ISAS];
+    int n = brute_isas(isas);
+    for (int i = 0; i < n; i++) {
+        char full[64];
+        snprintf(full, sizeof full, "%s (%s)", name, dsa_isa_name(isas[i]));
+        test_isa = isas[i];
+        greatest_run_suite(suite, full);
+    }
+    test_isa = DSA_ISA_SCALAR;
+}
+#define RUN_SUITE_PER_ISA(NAME) run_per_isa(NAME, #NAME)
+
 int main(int argc, char **argv)
 {
     GREATEST_MAIN_BEGIN();
@@ -21,11 +38,11 @@ int main(int argc, char **argv)
     RUN_SUITE(select_suite);
     RUN_SUITE(score_suite);
     RUN_SUITE(cache_suite);
-    RUN_SUITE(attend_suite);
-    RUN_SUITE(step_suite);
-    RUN_SUITE(layer_suite);
-    RUN_SUITE(threads_suite);
+    RUN_SUITE_PER_ISA(attend_suite);
+    RUN_SUITE_PER_ISA(step_suite);
+    RUN_SUITE_PER_ISA(layer_suite);
+    RUN_SUITE_PER_ISA(threads_suite);
     RUN_SUITE(errors_suite);
-    RUN_SUITE(golden_suite);
+    RUN_SUITE_PER_ISA(golden_suite);
     GREATEST_MAIN_END();
 }

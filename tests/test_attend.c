@@ -26,6 +26,7 @@ static dsa_ctx context(int32_t H, int32_t R, int32_t r)
     c.dim_rope = r ? r : DSA_NONE;
     c.softmax_scale = 0.25f;
     c.top_k = 16;
+    c.isa = test_isa;
     c.precision = DSA_PRECISION_F32;
     c.index_rope_width = DSA_NONE;
     c.dim_index = 8;

@@ -47,6 +47,7 @@ TEST flashmla_forward(const char *name, dsa_type format)
     c.dim_latent = R;
     c.dim_rope = W - R > 0 ? W - R : DSA_NONE;
     c.precision = DSA_PRECISION_F32;
+    c.isa = test_isa;
     OK(dsa_init(&ctx, &c));
     dsa_cache_desc d = desc_of(DSA_LATENT, format, n_kv, 0);
     dsa_cache cache = cache_of(&b, &ctx, &d);
@@ -109,6 +110,7 @@ TEST deepgemm_logits(void)
     c.n_index_heads = H;
     c.dim_index = D;
     c.hadamard = DSA_HADAMARD_OFF;                    /* the file's keys are what they are */
+    c.isa = test_isa;
     OK(dsa_init(&ctx, &c));
     dsa_cache_desc d = desc_of(DSA_INDEX_KEY, DSA_FP8, 0, N);
     dsa_cache cache;
@@ -254,6 +256,7 @@ TEST a_model_matches_transformers(const golden_model *g, int32_t chunk)
     dsa_config c = g->c;
     if (g->yarn) c.rope_factor = 40;
     c.index_rope_interleaved = g->glm;
+    c.isa = test_isa;
     OK(dsa_init(&ctx, &c));
     CHECK_CALL(open_file(g->name));
     int32_t S = (int32_t)tensor("input_ids")->shape[1], hid = c.dim_hidden, V = (int32_t)tensor("logits")->shape[2];

@@ -769,12 +769,13 @@ TEST names_and_texts(void)
     ASSERT_STR_EQ("avx2", dsa_isa_name(DSA_ISA_AVX2));
     ASSERT_STR_EQ("avx512", dsa_isa_name(DSA_ISA_AVX512));
     ASSERT_STR_EQ("neon", dsa_isa_name(DSA_ISA_NEON));
+    ASSERT_STR_EQ("avx512base", dsa_isa_name(DSA_ISA_AVX512_BASE));
     PASS();
 }
 
 TEST isa_is_what_was_forced(void)
 {
-    dsa_isa isas[4];
+    dsa_isa isas[BRUTE_ISAS];
     int n = brute_isas(isas), found = 0;
     dsa_config config;
     dsa_ctx ctx;

@@ -983,7 +983,7 @@ SUITE(score_suite)
         { 1, 1, DSA_HADAMARD_AUTO }, { 3, 4, DSA_HADAMARD_AUTO }, { 8, 32, DSA_HADAMARD_AUTO }, { 32, 64, DSA_HADAMARD_AUTO },
         { 64, 128, DSA_HADAMARD_AUTO }, { 3, 96, DSA_HADAMARD_OFF }, { 5, 7, DSA_HADAMARD_OFF }, { 4, 128, DSA_HADAMARD_OFF },
         { 3, 64, DSA_HADAMARD_ON } };
-    dsa_isa isas[4];
+    dsa_isa isas[BRUTE_ISAS];
     int n_isas = brute_isas(isas);
     char name[64];
 #define CASE(...) (snprintf(name, sizeof name, __VA_ARGS__), greatest_set_test_suffix(name))

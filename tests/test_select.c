@@ -565,7 +565,7 @@ TEST merge_of_nothing(dsa_isa isa)
 
 SUITE(select_suite)
 {
-    dsa_isa isas[4];
+    dsa_isa isas[BRUTE_ISAS];
     int n_isas = brute_isas(isas);
     char name[64];
     for (int i = 0; i < n_isas; i++) {

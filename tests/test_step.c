@@ -32,6 +32,7 @@ static dsa_config config(void)
     c.dim_index = D;
     c.top_k = K;
     c.softmax_scale = 0.3f;
+    c.isa = test_isa;
     return c;
 }
 static dsa_ctx context(void)

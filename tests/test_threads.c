@@ -162,6 +162,7 @@ static void open_item(bag *b, work_item *x, uint64_t seed)
     c.n_index_heads = HI;
     c.dim_index = D;
     c.top_k = K;
+    c.isa = test_isa;
     if (dsa_init(&x->ctx, &c) != DSA_OK) abort();
     dsa_cache_desc dl = desc_of(DSA_LATENT, DSA_FP8, LEN, 16), di = desc_of(DSA_INDEX_KEY, DSA_FP8, LEN, 16);
     x->latent = cache_of(b, &x->ctx, &dl);

@@ -117,7 +117,7 @@ int main(int argc, char **argv)
             r.base.n_threads = (int32_t)n;
         } else {
             int isa = DSA_ISA_AUTO;
-            while (isa <= DSA_ISA_NEON && strcmp(dsa_isa_name((dsa_isa)isa), argv[i]) != 0) isa++;
+            while (isa <= DSA_ISA_AVX512_BASE && strcmp(dsa_isa_name((dsa_isa)isa), argv[i]) != 0) isa++;
             if (isa > DSA_ISA_NEON) return wrong_usage("unknown ISA ", argv[i]);
             r.base.isa = (dsa_isa)isa;
         }

@@ -883,7 +883,7 @@ static inline int engine_parse_mode(const char *text, dsa_layer_mode *mode) {
 }
 
 static inline int engine_parse_isa(const char *text, dsa_isa *isa) {
-    for (int i = DSA_ISA_AUTO; i <= DSA_ISA_NEON; i++)
+    for (int i = DSA_ISA_AUTO; i <= DSA_ISA_AVX512_BASE; i++)
         if (strcmp(text, dsa_isa_name((dsa_isa)i)) == 0) { *isa = (dsa_isa)i; return 0; }
     return -1;
 }

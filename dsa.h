@@ -986,31 +986,28 @@ DSA_API uint16_t dsa_f32_to_f16(float x)
     return (uint16_t)(sign | r);
 }
 
-DSA_API float dsa_e4m3_to_f32(uint8_t x)
+/* Without branches, so that loops over rows become vector code: normal numbers move their 7 bits to f32's place and change the bias,
+   subnormals are multiples of 2^-9. */
+static float dsa__e4m3_value(uint32_t x)
 {
-    uint32_t sign = (uint32_t)(x & 0x80u) << 24, e = (x >> 3) & 15u, m = x & 7u;
-    float y;
-    if ((x & 0x7Fu) == 0x7Fu) return dsa__from_bits(sign | 0x7FC00000u);
-    if (e != 0) return dsa__from_bits(sign | ((e + 120u) << 23) | (m << 20));
-    y = (float)m * 0.001953125f;                                                 /* subnormals step 2^-9 */
-    return sign ? -y : y;
+    uint32_t sign = (x & 0x80u) << 24, m = x & 0x7Fu;
+    float small = (float)(int32_t)m * 0.001953125f;
+    uint32_t b = m < 8u ? dsa__bits(small) : (m << 20) + 0x3C000000u;
+    return dsa__from_bits(sign | (m == 0x7Fu ? 0x7FC00000u : b));
 }
 
-DSA_API uint8_t dsa_f32_to_e4m3(float x)
+static uint32_t dsa__e4m3_code(float x)
 {
-    uint32_t b = dsa__bits(x), sign = (b >> 24) & 0x80u, a = b & 0x7FFFFFFFu, r;
-    float t;
-    if (a > 0x7F800000u) return (uint8_t)(sign | 0x7Fu);
-    if (a >= 0x43E00000u) return (uint8_t)(sign | 0x7Eu);                        /* >= 448 saturates */
-    if (a >= 0x3C800000u) {                                                      /* >= 2^-6: normal */
-        a += 0x7FFFFu + ((a >> 20) & 1u);
-        r = (a - 0x3C000000u) >> 20;
-        return (uint8_t)(sign | (r > 0x7Eu ? 0x7Eu : r));
-    }
-    /* Subnormal: a whole number of 2^-9 steps. Adding 2^14 leaves steps of 2^-9 in f32, and the adder rounds to even. */
-    t = dsa__from_bits(a) + 16384.0f;
-    return (uint8_t)(sign | (dsa__bits(t) - 0x46800000u));
+    uint32_t b = dsa__bits(x), sign = (b >> 24) & 0x80u, a = b & 0x7FFFFFFFu, r, normal, small;
+    r = a < 0x43E00000u ? a : 0x43E00000u;                                       /* 448 */
+    normal = (r + 0x7FFFFu + ((r >> 20) & 1u) - 0x3C000000u) >> 20;              /* half to even at the third mantissa bit */
+    small = dsa__bits(dsa__from_bits(r) + 16384.0f) - 0x46800000u;               /* 2^14 leaves steps of 2^-9: the adder rounds */
+    r = r < 0x3C800000u ? small : normal;                                        /* 2^-6 */
+    return sign | (a > 0x7F800000u ? 0x7Fu : r);
 }
+
+DSA_API float dsa_e4m3_to_f32(uint8_t x) { return dsa__e4m3_value(x); }
+DSA_API uint8_t dsa_f32_to_e4m3(float x) { return (uint8_t)dsa__e4m3_code(x); }
 
 DSA_API float dsa_ue8m0_to_f32(uint8_t x)
 {
@@ -1033,16 +1030,18 @@ DSA_API uint8_t dsa_f32_to_ue8m0_ceil(float x)
     return (uint8_t)(b > 254u ? 254u : (b == 0 ? 1u : b));
 }
 
-/* Largest magnitude of a row. NaN is passed over and infinity counts as the largest finite number, so a scale is always finite. */
+/* Largest magnitude of a row. NaN is passed over and infinity counts as the largest finite number, so a scale is always finite.
+   Magnitudes of floats compare like their bits. */
 static float dsa__amax(const float *x, int64_t n)
 {
-    float a = 0.0f;
+    uint32_t most = 0;
     int64_t i;
     for (i = 0; i < n; i++) {
-        float v = x[i] < 0.0f ? -x[i] : x[i];
-        if (v > a) a = v;
+        uint32_t a = dsa__bits(x[i]) & 0x7FFFFFFFu;
+        a = a > 0x7F800000u ? 0u : a;
+        most = a > most ? a : most;
     }
-    return a > FLT_MAX ? FLT_MAX : a;
+    return most >= 0x7F800000u ? FLT_MAX : dsa__from_bits(most);
 }
 
 DSA_API float dsa_quantize_e4m3(const float *x, int32_t n, uint8_t *y)           /* spec 3.4 */
@@ -1050,19 +1049,21 @@ DSA_API float dsa_quantize_e4m3(const float *x, int32_t n, uint8_t *y)          
     float a = dsa__amax(x, n), s;
     int32_t i;
     s = dsa_pow2_ceil((a > 1e-4f ? a : 1e-4f) * (1.0f / 448.0f));
-    for (i = 0; i < n; i++) y[i] = dsa_f32_to_e4m3(x[i] / s);
+    for (i = 0; i < n; i++) y[i] = (uint8_t)dsa__e4m3_code(x[i] / s);
     return s;
 }
 
 DSA_API float dsa_quantize_int8(const float *x, int32_t n, int8_t *y)
 {
-    float a = dsa__amax(x, n), s = (a > 1e-4f ? a : 1e-4f) / 127.0f, v;
+    float a = dsa__amax(x, n), s = (a > 1e-4f ? a : 1e-4f) / 127.0f;
     int32_t i, bad = 0;
     for (i = 0; i < n; i++) {
-        v = x[i] / s;
-        if (v != v) { bad = 1; v = 0.0f; }
+        float v = x[i] / s;
+        int32_t nan = v != v;
+        v = nan ? 0.0f : v;
         v = v > 127.0f ? 127.0f : (v < -127.0f ? -127.0f : v);
-        y[i] = (int8_t)rintf(v);
+        y[i] = (int8_t)(int32_t)((v + 12582912.0f) - 12582912.0f);              /* 1.5 2^23 leaves steps of 1: the adder rounds to even */
+        bad |= nan;
     }
     return bad ? dsa__nan() : s;      /* int8 has no NaN: the scale carries it, so that such a key is never selected */
 }
@@ -1119,7 +1120,7 @@ static void dsa__expand_key(dsa_type format, int32_t dim, const unsigned char *p
     int32_t i;
     if (format == DSA_F32)       memcpy(x, p, 4 * (size_t)dim);
     else if (format == DSA_BF16) dsa__load_bf16(p, dim, x);
-    else if (format == DSA_FP8)  for (i = 0; i < dim; i++) x[i] = dsa_e4m3_to_f32(p[i]);
+    else if (format == DSA_FP8)  for (i = 0; i < dim; i++) x[i] = dsa__e4m3_value(p[i]);
     else                         for (i = 0; i < dim; i++) x[i] = (float)(int8_t)p[i];
 }
 
@@ -1127,16 +1128,16 @@ static void dsa__expand_key(dsa_type format, int32_t dim, const unsigned char *p
 static void dsa__expand_latent(dsa_type format, int32_t R, int32_t r, const unsigned char *p, float *x)
 {
     const unsigned char *scales = p + R;
-    int32_t i;
-    float s = 1.0f;
+    int32_t i, g;
+    float s;
     if (format == DSA_F32) {
         memcpy(x, p, 4 * (size_t)(R + r));
     } else if (format == DSA_BF16) {
         dsa__load_bf16(p, R + r, x);
     } else {
-        for (i = 0; i < R; i++) {
-            if (i % 128 == 0) memcpy(&s, scales + i / 128 * 4, 4);
-            x[i] = dsa_e4m3_to_f32(p[i]) * s;
+        for (g = 0; g < R; g += 128) {
+            memcpy(&s, scales + g / 32, 4);
+            for (i = g; i < dsa__min32(R, g + 128); i++) x[i] = dsa__e4m3_value(p[i]) * s;
         }
         dsa__load_bf16(scales + (R + 127) / 128 * 4, r, x + R);
     }
@@ -2270,7 +2271,7 @@ static void dsa__store_row(const dsa_cache *c, int64_t slot, const float *x)
             int32_t n = dsa__min32(128, c->dim - i);
             s = dsa__amax(x + i, n) / 448.0f;
             s = dsa_pow2_ceil(s > 1e-4f ? s : 1e-4f);
-            for (j = 0; j < n; j++) y[j] = dsa_f32_to_e4m3(x[i + j] / s);
+            for (j = 0; j < n; j++) y[j] = (uint8_t)dsa__e4m3_code(x[i + j] / s);
             memcpy(p + i, y, (size_t)n);
             memcpy(scales + i / 128 * 4, &s, 4);
         }
@@ -2583,7 +2584,7 @@ static void dsa__score_query(const dsa__score_call *call, const dsa__score_task 
             for (d = 0; d < D; d++) x[d] = dsa_bf16_to_f32(dsa_f32_to_bf16(x[d]));
         } else if (c->format == DSA_FP8) {
             s = dsa_quantize_e4m3(x, D, y);
-            for (d = 0; d < D; d++) x[d] = dsa_e4m3_to_f32(y[d]);
+            for (d = 0; d < D; d++) x[d] = dsa__e4m3_value(y[d]);
         } else if (c->format == DSA_INT8) {
             s = dsa_quantize_int8(x, D, (int8_t *)y);
             for (d = 0; d < D; d++) x[d] = (float)(int8_t)y[d];

@@ -849,12 +849,13 @@ DSA_API void       dsa_pool_run(void *pool, int32_t n_tasks, dsa_task task, void
 #  define DSA_ASSERT(x) ((void)0)      /* internal invariants only; arguments are checked with or without it */
 #endif
 
-/* "Same inputs, same bits" needs every product rounded where the text rounds it: no a*b+c contraction behind our back. */
+/* "Same inputs, same bits" needs every product rounded where the text rounds it: no a*b+c contraction behind our back. Nobody here
+   looks at floating-point exception flags; minding them would keep gcc from turning a ? b : c into vector code. */
 #if defined(__clang__)
 #  pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
 #  pragma GCC push_options
-#  pragma GCC optimize ("fp-contract=off")
+#  pragma GCC optimize ("fp-contract=off", "no-trapping-math")
 /* gcc 12: -O2 leaves loops of unknown length scalar, -O3 unrolls the 8-lane loops before it could vectorise them (3 instead of 15
    GMAC/s in dsa__ref_dots). This mix does well whichever the caller uses. */
 #  if defined(__OPTIMIZE__) && !defined(__OPTIMIZE_SIZE__)
@@ -864,8 +865,10 @@ DSA_API void       dsa_pool_run(void *pool, int32_t n_tasks, dsa_task task, void
 
 #if defined(__GNUC__)
 #  define DSA__RESTRICT __restrict__
+#  define DSA__INLINE __attribute__((always_inline)) static __inline__
 #else
 #  define DSA__RESTRICT
+#  define DSA__INLINE static
 #endif
 
 #define DSA__MAX_POS INT64_C(2147483647)    /* positions are int32 in index lists */
@@ -879,8 +882,8 @@ static int64_t dsa__min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t dsa__max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t dsa__clamp64(int64_t x, int64_t lo, int64_t hi) { return x < lo ? lo : (x > hi ? hi : x); }
 
-static uint32_t dsa__bits(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
-static float dsa__from_bits(uint32_t b) { float x; memcpy(&x, &b, 4); return x; }
+DSA__INLINE uint32_t dsa__bits(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
+DSA__INLINE float dsa__from_bits(uint32_t b) { float x; memcpy(&x, &b, 4); return x; }
 static float dsa__infinity(void) { return dsa__from_bits(0x7F800000u); }
 static float dsa__nan(void) { return dsa__from_bits(0x7FC00000u); }
 
@@ -988,7 +991,7 @@ DSA_API uint16_t dsa_f32_to_f16(float x)
 
 /* Without branches, so that loops over rows become vector code: normal numbers move their 7 bits to f32's place and change the bias,
    subnormals are multiples of 2^-9. */
-static float dsa__e4m3_value(uint32_t x)
+DSA__INLINE float dsa__e4m3_value(uint32_t x)
 {
     uint32_t sign = (x & 0x80u) << 24, m = x & 0x7Fu;
     float small = (float)(int32_t)m * 0.001953125f;
@@ -996,7 +999,7 @@ static float dsa__e4m3_value(uint32_t x)
     return dsa__from_bits(sign | (m == 0x7Fu ? 0x7FC00000u : b));
 }
 
-static uint32_t dsa__e4m3_code(float x)
+DSA__INLINE uint32_t dsa__e4m3_code(float x)
 {
     uint32_t b = dsa__bits(x), sign = (b >> 24) & 0x80u, a = b & 0x7FFFFFFFu, r, normal, small;
     r = a < 0x43E00000u ? a : 0x43E00000u;                                       /* 448 */
@@ -1032,7 +1035,7 @@ DSA_API uint8_t dsa_f32_to_ue8m0_ceil(float x)
 
 /* Largest magnitude of a row. NaN is passed over and infinity counts as the largest finite number, so a scale is always finite.
    Magnitudes of floats compare like their bits. */
-static float dsa__amax(const float *x, int64_t n)
+DSA__INLINE float dsa__amax(const float *x, int64_t n)
 {
     uint32_t most = 0;
     int64_t i;
@@ -1044,28 +1047,52 @@ static float dsa__amax(const float *x, int64_t n)
     return most >= 0x7F800000u ? FLT_MAX : dsa__from_bits(most);
 }
 
-DSA_API float dsa_quantize_e4m3(const float *x, int32_t n, uint8_t *y)           /* spec 3.4 */
+/* Scales of a row (spec 3.4, contracts), and x / s as the whole number that int8 holds; NaN counts as 0. */
+DSA__INLINE float dsa__e4m3_scale(const float *x, int32_t n)
 {
-    float a = dsa__amax(x, n), s;
+    float a = dsa__amax(x, n);
+    return dsa_pow2_ceil((a > 1e-4f ? a : 1e-4f) * (1.0f / 448.0f));
+}
+
+DSA__INLINE float dsa__int8_scale(const float *x, int32_t n)
+{
+    float a = dsa__amax(x, n);
+    return (a > 1e-4f ? a : 1e-4f) / 127.0f;
+}
+
+DSA__INLINE float dsa__int8_value(float x, float s)
+{
+    float v = x / s;
+    v = v != v ? 0.0f : v;
+    v = v > 127.0f ? 127.0f : (v < -127.0f ? -127.0f : v);
+    return (v + 12582912.0f) - 12582912.0f;                                      /* 1.5 2^23 leaves steps of 1: the adder rounds to even */
+}
+
+DSA__INLINE int dsa__any_nan(const float *x, int32_t n)
+{
+    uint32_t most = 0;
     int32_t i;
-    s = dsa_pow2_ceil((a > 1e-4f ? a : 1e-4f) * (1.0f / 448.0f));
+    for (i = 0; i < n; i++) {
+        uint32_t a = dsa__bits(x[i]) & 0x7FFFFFFFu;
+        most = a > most ? a : most;
+    }
+    return most > 0x7F800000u;
+}
+
+DSA_API float dsa_quantize_e4m3(const float *x, int32_t n, uint8_t *y)
+{
+    float s = dsa__e4m3_scale(x, n);
+    int32_t i;
     for (i = 0; i < n; i++) y[i] = (uint8_t)dsa__e4m3_code(x[i] / s);
     return s;
 }
 
 DSA_API float dsa_quantize_int8(const float *x, int32_t n, int8_t *y)
 {
-    float a = dsa__amax(x, n), s = (a > 1e-4f ? a : 1e-4f) / 127.0f;
-    int32_t i, bad = 0;
-    for (i = 0; i < n; i++) {
-        float v = x[i] / s;
-        int32_t nan = v != v;
-        v = nan ? 0.0f : v;
-        v = v > 127.0f ? 127.0f : (v < -127.0f ? -127.0f : v);
-        y[i] = (int8_t)(int32_t)((v + 12582912.0f) - 12582912.0f);              /* 1.5 2^23 leaves steps of 1: the adder rounds to even */
-        bad |= nan;
-    }
-    return bad ? dsa__nan() : s;      /* int8 has no NaN: the scale carries it, so that such a key is never selected */
+    float s = dsa__int8_scale(x, n);
+    int32_t i;
+    for (i = 0; i < n; i++) y[i] = (int8_t)(int32_t)dsa__int8_value(x[i], s);
+    return dsa__any_nan(x, n) ? dsa__nan() : s;   /* int8 has no NaN: the scale carries it, so that such a key is never selected */
 }
 
 /* y = x / sqrt(mean(x^2) + eps) * g */
@@ -1145,18 +1172,30 @@ static void dsa__expand_latent(dsa_type format, int32_t R, int32_t r, const unsi
 
 static int dsa__is_pow2(int32_t n) { return n > 0 && (n & (n - 1)) == 0; }
 
-/* Butterflies at strides 1, 2, 4, ..: (a, b) -> (a + b, a - b); then times dim^-0.5 (spec 3.2). */
-static void dsa__hadamard(float *x, int32_t dim)
+/* Butterflies at strides 1, 2, 4, ..: (a, b) -> (a + b, a - b); then times dim^-0.5 (spec 3.2). The first three strides are done
+   eight values at a time, where a loop would be all overhead; the others leave runs of 8 for vectors. */
+DSA__INLINE void dsa__hadamard(float *x, int32_t dim)
 {
     float norm = (float)(1.0 / sqrt((double)dim));
     int32_t s, i, j;
-    for (s = 1; s < dim; s *= 2)
-        for (i = 0; i < dim; i += 2 * s)
-            for (j = i; j < i + s; j++) {
-                float a = x[j], b = x[j + s];
-                x[j] = a + b;
-                x[j + s] = a - b;
+    for (i = 0; dim >= 8 && i < dim; i += 8) {
+        float *y = x + i, a[8], b[8];
+        for (j = 0; j < 8; j += 2) { a[j] = y[j] + y[j + 1]; a[j + 1] = y[j] - y[j + 1]; }
+        for (j = 0; j < 8; j += 4) {
+            b[j] = a[j] + a[j + 2]; b[j + 1] = a[j + 1] + a[j + 3];
+            b[j + 2] = a[j] - a[j + 2]; b[j + 3] = a[j + 1] - a[j + 3];
+        }
+        for (j = 0; j < 4; j++) { y[j] = b[j] + b[j + 4]; y[j + 4] = b[j] - b[j + 4]; }
+    }
+    for (s = dim >= 8 ? 8 : 1; s < dim; s *= 2)
+        for (i = 0; i < dim; i += 2 * s) {
+            float *lo = x + i, *hi = lo + s;
+            for (j = 0; j < s; j++) {
+                float a = lo[j], b = hi[j];
+                lo[j] = a + b;
+                hi[j] = a - b;
             }
+        }
     for (i = 0; i < dim; i++) x[i] *= norm;
 }
 
@@ -1278,6 +1317,34 @@ static void dsa__ref_axpys(int32_t n, int32_t dim, const float *p, int64_t ldp, 
         float pj = p[j * ldp];
         for (d = 0; d < dim; d++) y[d] += pj * xj[d];
     }
+}
+
+/* The heads of one query in the form of the key format (contracts: both sides are rounded alike): Hadamard when the keys have it;
+   BF16 rounded; FP8 and INT8 quantised per head, the scale folded into w (spec 3.1). q [HI, D], w [HI] -> x [HI, D], v [HI]. The text
+   is plain C; vector sections compile it again for their own target. */
+DSA__INLINE void dsa__round_heads(dsa_type format, int hadamard, int32_t n_heads, int32_t D, const float *q, const float *w, float *x, float *v)
+{
+    int32_t h, d;
+    for (h = 0; h < n_heads; h++, x += D) {
+        float s = 1.0f;
+        memcpy(x, q + (int64_t)h * D, sizeof(float) * (size_t)D);
+        if (hadamard) dsa__hadamard(x, D);
+        if (format == DSA_BF16) {
+            for (d = 0; d < D; d++) x[d] = dsa_bf16_to_f32(dsa_f32_to_bf16(x[d]));
+        } else if (format == DSA_FP8) {
+            s = dsa__e4m3_scale(x, D);
+            for (d = 0; d < D; d++) x[d] = dsa__e4m3_value(dsa__e4m3_code(x[d] / s));
+        } else if (format == DSA_INT8) {
+            s = dsa__any_nan(x, D) ? dsa__nan() : dsa__int8_scale(x, D);
+            for (d = 0; d < D; d++) x[d] = dsa__int8_value(x[d], s);
+        }
+        v[h] = w[h] * s;
+    }
+}
+
+static void dsa__ref_query_round(dsa_type format, int hadamard, int32_t n_heads, int32_t dim, const float *q, const float *w, float *x, float *v)
+{
+    dsa__round_heads(format, hadamard, n_heads, dim, q, w, x, v);
 }
 
 /* Packed heads: [ceil(H / LANES)][dim][LANES], LANES heads side by side, absent ones zero. */
@@ -1454,6 +1521,7 @@ static void dsa__ref_attend(const dsa__attend_shape *s, const void *packed, int3
 typedef struct dsa__kernels {
     dsa_isa isa;
     /* scoring: dsa__ref_score */
+    void (*query_round)(dsa_type format, int hadamard, int32_t n_heads, int32_t dim, const float *q, const float *w, float *x, float *v);
     size_t (*query_bytes)(dsa_type format, int32_t n_heads, int32_t dim);
     void (*query_pack)(dsa_type format, int32_t n_heads, int32_t dim, const float *q, const float *w, void *packed);
     size_t (*score_bytes)(dsa_type format, int32_t n_heads, int32_t dim);
@@ -1629,7 +1697,7 @@ static void dsa__topk_take(dsa__arena *a, int64_t k, dsa__topk *t)
 
 static const dsa__kernels dsa__kernels_ref = {
     DSA_ISA_SCALAR,
-    dsa__ref_query_bytes, dsa__ref_query_pack, dsa__ref_score_bytes, dsa__ref_score,
+    dsa__ref_query_round, dsa__ref_query_bytes, dsa__ref_query_pack, dsa__ref_score_bytes, dsa__ref_score,
     dsa__ref_attend_query_bytes, dsa__ref_attend_pack, dsa__ref_attend_bytes, dsa__ref_attend,
     dsa__ref_dots, dsa__ref_axpys
 };
@@ -2569,29 +2637,12 @@ static dsa_status dsa__score_start(const dsa_ctx *ctx, const dsa_score_args *a, 
     return dsa__score_plan(ctx, a, out, &arena, call);
 }
 
-/* Brings one query into the form of the key format (contracts: both sides are rounded alike): Hadamard when the keys have it;
-   BF16 rounded; FP8 and INT8 quantised per head, the scale folded into w (spec 3.1). */
 static void dsa__score_query(const dsa__score_call *call, const dsa__score_task *t, int64_t row, const dsa_cache *c, void *packed)
 {
+    const dsa__kernels *kernels = call->ctx->kernels;
     const float *q = call->args->q + row * call->n_heads * c->dim, *w = call->args->w + row * call->n_heads;
-    int32_t h, d, D = c->dim;
-    uint8_t y[DSA_MAX_DIM_INDEX];
-    for (h = 0; h < call->n_heads; h++) {
-        float *x = t->head + (int64_t)h * D, s = 1.0f;
-        memcpy(x, q + (int64_t)h * D, sizeof(float) * (size_t)D);
-        if (c->hadamard) dsa__hadamard(x, D);
-        if (c->format == DSA_BF16) {
-            for (d = 0; d < D; d++) x[d] = dsa_bf16_to_f32(dsa_f32_to_bf16(x[d]));
-        } else if (c->format == DSA_FP8) {
-            s = dsa_quantize_e4m3(x, D, y);
-            for (d = 0; d < D; d++) x[d] = dsa__e4m3_value(y[d]);
-        } else if (c->format == DSA_INT8) {
-            s = dsa_quantize_int8(x, D, (int8_t *)y);
-            for (d = 0; d < D; d++) x[d] = (float)(int8_t)y[d];
-        }
-        t->w[h] = w[h] * s;
-    }
-    call->ctx->kernels->query_pack(c->format, call->n_heads, D, t->head, t->w, packed);
+    kernels->query_round(c->format, c->hadamard, call->n_heads, c->dim, q, w, t->head, t->w);
+    kernels->query_pack(c->format, call->n_heads, c->dim, t->head, t->w, packed);
 }
 
 /* Prepares rows [row, row + n) of one sequence: key ranges, queries, empty selections. Rows that have nothing to choose take

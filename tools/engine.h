@@ -199,7 +199,7 @@ static inline const char *engine__per_layer(const engine__source *s, const js_va
 static inline int engine__indexer_types(const engine__source *s, const js_value *config) {
     engine_model *m = s->model;
     const char *pattern = js_string(js_get(config, "index_topk_pattern"));
-    int32_t freq, offset = 0;
+    int32_t freq = 1, offset = 0;     /* every layer has an indexer of its own */
     int present;
     if (engine__int(s, config, "index_topk_freq", 1, 100000, 1, &freq) != 0) return ENGINE_FAILED;
     if (freq > 1 && engine__int(s, config, "index_skip_topk_offset", 0, 100000, -1, &offset) != 0) return ENGINE_FAILED;

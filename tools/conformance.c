@@ -28,7 +28,7 @@ static const char usage[] =
     "small model with its inner results, a FlashMLA sparse forward, a FlashMLA FP8 cache or DeepGEMM MQA logits; its\n"
     "tensor names tell which. With --model, FILE holds the reference results of the model in the folder DIR.\n"
     "\n"
-    "  --isa NAME     auto (default), scalar, avx2, avx512 or neon\n"
+    "  --isa NAME     auto (default), scalar, avx2, avx512, avx512base or neon\n"
     "  --threads N    threads, 1 to 256 (default 1); no result depends on it\n"
     "  --model DIR    a folder with config.json and model.safetensors, in Hugging Face format\n"
     "  --json         one JSON object per comparison\n"
@@ -100,7 +100,7 @@ int main(int argc, char **argv)
             argv[n_files++] = argv[i];
             continue;
         }
-        if (strcmp(option, "--help") == 0) return fputs(usage, stdout) == EOF ? 2 : 0;
+        if (strcmp(option, "--help") == 0) return fputs(usage, stdout) == EOF || fflush(stdout) != 0 ? 2 : 0;
         if (strcmp(option, "--json") == 0) {
             r.json = 1;
             continue;
@@ -115,11 +115,8 @@ int main(int argc, char **argv)
             long n = strtol(argv[i], &end, 10);
             if (*end || end == argv[i] || n < 1 || n > 256) return wrong_usage("--threads wants 1 to 256, not ", argv[i]);
             r.base.n_threads = (int32_t)n;
-        } else {
-            int isa = DSA_ISA_AUTO;
-            while (isa <= DSA_ISA_AVX512_BASE && strcmp(dsa_isa_name((dsa_isa)isa), argv[i]) != 0) isa++;
-            if (isa > DSA_ISA_NEON) return wrong_usage("unknown ISA ", argv[i]);
-            r.base.isa = (dsa_isa)isa;
+        } else if (engine_parse_isa(argv[i], &r.base.isa) != 0) {
+            return wrong_usage("unknown ISA ", argv[i]);
         }
     }
     if (n_files == 0) return wrong_usage("no file is given", "");
@@ -141,5 +138,9 @@ int main(int argc, char **argv)
     dsa_pool_destroy(pool);
     fprintf(stderr, "conformance: %ld comparisons, %ld failed (ISA %s, %d thread%s)\n", r.checks, r.failed,
             dsa_isa_name(dsa_query_isa(&ctx)), (int)r.base.n_threads, r.base.n_threads == 1 ? "" : "s");
+    if (fflush(stdout) != 0 || ferror(stdout)) {
+        fprintf(stderr, "conformance: cannot write to standard output\n");
+        bad = 1;
+    }
     return r.failed ? 1 : bad ? 2 : 0;
 }

@@ -152,7 +152,7 @@ int main(int argc, char **argv) {
     int status = 2;
     memset(&options, 0, sizeof options);
     for (int i = 1; i < argc; i += 2) {
-        if (strcmp(argv[i], "--help") == 0) { fputs(help, stdout); return 0; }
+        if (strcmp(argv[i], "--help") == 0) return fputs(help, stdout) == EOF || fflush(stdout) != 0 ? 2 : 0;
         if (i + 1 >= argc) return usage_error("unknown option, or its value is missing: ", argv[i]);
         if (strcmp(argv[i], "--threads") == 0) { if (engine_parse_int(argv[i + 1], 1, 256, &threads) != 0) return usage_error("--threads: out of range: ", argv[i + 1]); }
         else if (strcmp(argv[i], "--isa") == 0) { if (engine_parse_isa(argv[i + 1], &options.isa) != 0) return usage_error("--isa: no such name: ", argv[i + 1]); }

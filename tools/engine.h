@@ -224,7 +224,7 @@ static inline int engine__config(const engine__source *s, const js_value *config
     const int32_t top = 1 << 20;      /* no model is wider; keeps every product of two of these inside int64 */
     if (!js_is_object(config)) return st__fail(m->error, sizeof m->error, "%s: config: it must be an object", s->file);
     const char *type = js_string(js_get(config, "model_type"));
-    if (type == NULL) return st__fail(m->error, sizeof m->error, "%s: config: 'model_type' is missing", s->file);
+    if (type == NULL) return st__fail(m->error, sizeof m->error, "%s: config: 'model_type' is missing or no string", s->file);
     int glm = strcmp(type, "glm_moe_dsa") == 0;
     if (!glm && strcmp(type, "deepseek_v32") != 0) {
         st__fail(m->error, sizeof m->error, "%s: unsupported: model_type '%.60s' (supported: deepseek_v32, glm_moe_dsa)", s->file, type);

@@ -88,7 +88,7 @@ int main(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         const char *name = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
         int bad = 0;
-        if (strcmp(name, "--help") == 0) { fputs(help, stdout); return 0; }
+        if (strcmp(name, "--help") == 0) return fputs(help, stdout) == EOF || fflush(stdout) != 0 ? 2 : 0;
         if (name[0] != '-') {
             if (dir != NULL) return usage_error("more than one model folder: ", name);
             dir = name;
@@ -109,7 +109,7 @@ int main(int argc, char **argv) {
             bad = end == value || *end != '\0' || !(temperature >= 0 && temperature <= 1000);
         } else return usage_error("unknown option: ", name);
         if (bad != 0) {
-            fprintf(stderr, "generate: %s: '%s' is out of range (generate --help explains)\n", name, value);
+            fprintf(stderr, "generate: %s: '%s' is no valid value (generate --help explains)\n", name, value);
             return 2;
         }
         i++;

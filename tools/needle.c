@@ -87,7 +87,7 @@ int main(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         const char *name = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
         int bad = 0;
-        if (strcmp(name, "--help") == 0) { fputs(help, stdout); return 0; }
+        if (strcmp(name, "--help") == 0) return fputs(help, stdout) == EOF || fflush(stdout) != 0 ? 2 : 0;
         if (strcmp(name, "--json") == 0) { json = 1; continue; }
         if (name[0] != '-') {
             if (dir != NULL) return usage_error("more than one model folder: ", name);
@@ -107,7 +107,7 @@ int main(int argc, char **argv) {
             attention = value;
         } else return usage_error("unknown option: ", name);
         if (bad != 0) {
-            fprintf(stderr, "needle: %s: '%s' is out of range (needle --help explains)\n", name, value);
+            fprintf(stderr, "needle: %s: '%s' is no valid value (needle --help explains)\n", name, value);
             return 2;
         }
         i++;

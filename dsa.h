@@ -1551,10 +1551,11 @@ typedef struct dsa__kernels {
    lets new scores in that exceed the threshold, count and keep shrink a full buffer to its k best and so raise it. A later
    score that only equals the threshold has a higher index than k others that are no smaller, so a strict > is exact.
 
-   The k-th best is found by bisection over the floats themselves, mapped to unsigned integers in the same order: at most 35
-   counts, whatever the values are; when distinct, some 14. */
+   The k-th best is found by bisection, first over a few of the scores, then over all floats between two of them, mapped to
+   unsigned integers in the same order: at most 39 counts, whatever the values are; some 14 when they are distinct. */
 
 #define DSA__KEYS 96                         /* most scores of one push */
+#define DSA__PROBES 32
 
 /* Appends to out_s, out_i the s[j] > above (false for NaN) and their indices first + j, in order; returns how many.
    May write 16 places beyond those. */
@@ -1618,25 +1619,31 @@ static float dsa__below(float x)
 static float dsa__topk_cut(const dsa__kernels *kernels, const float *s, int64_t n, int64_t k, int64_t slack, int64_t *n_equal)
 {
     uint32_t lo = dsa__sort_key(-FLT_MAX), hi = dsa__sort_key(dsa__infinity()) + 1;    /* at least k are >= lo; fewer are >= hi */
-    float least = dsa__infinity(), most = -dsa__infinity();
-    int64_t m, above = 0, j;
-    int step;
-    for (j = 0; j < 64; j++) {               /* the range of 64 of them brackets the cut better than that of all floats */
-        float v = s[j * n / 64];
-        if (v < least) least = v;
-        if (v > most) most = v;
+    uint32_t probe[DSA__PROBES], key;
+    int64_t m, above = 0, j, i;
+    int32_t a = 0, b = DSA__PROBES, tie = 1, mid;
+    for (j = 0; j < DSA__PROBES; j++) {      /* some of the scores, sorted: dense where they are, and often what many of them are */
+        key = dsa__sort_key(s[j * n / DSA__PROBES]);
+        for (i = j; i > 0 && probe[i - 1] > key; i--) probe[i] = probe[i - 1];
+        probe[i] = key;
     }
-    for (step = 0; hi - lo > 1; step++) {
-        uint32_t key = lo + (hi - lo) / 2;
-        if (step == 0) key = dsa__sort_key(most);
-        if (step == 1) key = dsa__sort_key(least);
-        if (step == 2) key = lo + 1;         /* ends at once on a plateau, such as the zeros that ReLU leaves */
+    while (hi - lo > 1) {
+        mid = (a + b) / 2;
+        if (a < b) key = probe[mid];                     /* bisect the probes, */
+        else if (tie) { key = lo + 1; tie = 0; }         /* see whether the last of them is the cut, with its like on both sides, */
+        else key = lo + (hi - lo) / 2;                   /* or bisect all floats in between */
         if (key <= lo) key = lo + 1;
         if (key >= hi) key = hi - 1;
         m = kernels->count(s, n, dsa__from_sort_key(key));
-        if (m < k) { hi = key; above = m; continue; }
-        lo = key;
-        if (m <= k + slack) { *n_equal = n; return dsa__from_sort_key(lo); }
+        if (m < k) {
+            hi = key;
+            above = m;
+            b = mid;
+        } else {
+            lo = key;
+            a = mid + 1;
+            if (m <= k + slack) { *n_equal = n; return dsa__from_sort_key(lo); }
+        }
     }
     *n_equal = k - above;
     return dsa__from_sort_key(lo);
@@ -1670,7 +1677,7 @@ static void dsa__topk_shrink(dsa__topk *t, int64_t slack)
 
 static void dsa__topk_compact(dsa__topk *t) { dsa__topk_shrink(t, 0); }
 
-/* While more is to come, k best to an eighth will do: a third of the counts. */
+/* While more is to come, the k best and up to an eighth more will do: a quarter of the counts. */
 static void dsa__topk_make_room(dsa__topk *t) { dsa__topk_shrink(t, t->k / 8); }
 
 /* Adds n <= DSA__KEYS scores of the indices first, first + 1, .. */
@@ -1696,64 +1703,75 @@ static void dsa__topk_join(dsa__topk *t, const dsa__topk *from)
 
 /* Guesses from a sample of row s[0 .. n) a score that k of its scores, and not many more, reach; -inf: no guess.
    One piece from each of m equal parts of the row, at an offset that a multiplicative hash of the part's number picks: even
-   spread for rows with a trend, no common period with rows that repeat. try_ moves all offsets. The k-th best should be the
-   sample's e-th, e = k m / n; its e + 4 sqrt(e)-th leaves less than 1 in 1000 random rows short of k.
+   spread for rows with a trend, no common period with rows that repeat. salt moves all offsets. The k-th best should be the
+   sample's e-th, e = k m / n; its e + 4 sqrt(e)-th leaves less than 1 in 1000 random rows short of k. Scores that are high
+   together tell less than independent ones: the variance grows by how many of them share a piece.
    The sample lies in the free places of the buffer. */
-static float dsa__topk_guess(const dsa__topk *t, const float *s, int64_t n, uint32_t try_)
+static float dsa__topk_guess(const dsa__topk *t, const float *s, int64_t n, uint32_t salt)
 {
-    float *sample = t->s + t->n;
-    int64_t pieces = n / DSA__PIECE, m = dsa__min64(DSA__SAMPLE, (t->room - t->n) / DSA__PIECE), rank, unused, j;
-    double expected;
-    m = dsa__min64(m, dsa__max64(pieces / 32, 64));      /* reading a 32nd of the row this way costs a sixth of reading it all */
+    float *sample = t->s + t->n, cut;
+    int64_t pieces = n / DSA__PIECE, m = dsa__clamp64(pieces / 64, DSA__SAMPLE / 2, DSA__SAMPLE), rank, high, unused, j;
+    double expected, together = 1.0;
+    m = dsa__min64(m, (t->room - t->n) / DSA__PIECE);    /* scattered reads are dear: these cost up to a sixth of reading the row */
     for (j = 0; j < m; j++) {
-        uint32_t hash = ((uint32_t)j + 1 + try_ * 0x10001u) * 2654435761u;
+        uint32_t hash = ((uint32_t)j + 1 + salt * 0x10001u) * 2654435761u;
         int64_t piece = j * pieces / m + (int64_t)((uint64_t)hash * (uint64_t)(pieces / m) >> 32);
         memcpy(sample + j * DSA__PIECE, s + piece * DSA__PIECE, DSA__PIECE * sizeof(float));
     }
-    m *= DSA__PIECE;
-    expected = (double)t->k * (double)m / (double)n;
-    rank = (int64_t)(expected + 4.0 * sqrt(expected)) + 1;
-    if (t->kernels->count(sample, m, -FLT_MAX) <= rank) return -dsa__infinity();
-    return dsa__topk_cut(t->kernels, sample, m, rank, rank / 16, &unused);
+    expected = (double)t->k * (double)(m * DSA__PIECE) / (double)n;
+    for (;;) {
+        rank = (int64_t)(expected + 4.0 * sqrt(expected * together)) + 1;
+        if (t->kernels->count(sample, m * DSA__PIECE, -FLT_MAX) <= rank) return -dsa__infinity();
+        cut = dsa__topk_cut(t->kernels, sample, m * DSA__PIECE, rank, rank / 16, &unused);
+        if (together > 1.0) return cut;
+        for (high = 0, j = 0; j < m; j++) {
+            int32_t l, any = 0;
+            for (l = 0; l < DSA__PIECE; l++) any |= sample[j * DSA__PIECE + l] >= cut;
+            high += any;
+        }
+        if (rank < 2 * high) return cut;                 /* of independent scores, too, some share a piece */
+        together = (double)rank / (double)high;
+    }
 }
 
 /* Selects from a whole stored row s[0 .. n), index of s[0]: first.
 
    A guessed threshold lets the scan pass over nearly everything: about 1.5 k of 64K random scores enter, the buffer never
-   fills, and one cut ends it. The guess decides only what this costs:
-     too low    the buffer fills and shrinks to its k best, whose worst is a threshold that holds without any guess. Should
-                that happen in the first half of the row, a sample at other offsets may raise it further, up to three times.
+   fills, and one cut ends it. The guess decides only what this costs, never what is selected:
+     too low    the buffer fills and shrinks to its k best, whose worst is a threshold that needs no guess. Should that happen
+                in the first half of the row, a sample of the rest may raise it further.
      too high   fewer than k reach the guess: the scan starts again, the second time with another sample, the third without.
-   So whatever the scores are: at most three scans and five samples; and since a shrink takes at most 35 counts and one keep
-   over `room` entries and sets free room - 9/8 k >= 7/16 of them, each entry of a scan is touched less than 90 times in vector
-   operations of the simplest kind, less than 20 when the scores are distinct. No input costs more than linear time. */
+   So whatever the scores are: at most three scans and five samples. A shrink takes at most 39 counts and one keep over `room`
+   entries and sets free 7/16 of them or more: over all shrinks of a scan less than 100 such steps for each score that enters,
+   some 10 when they are distinct, and in vectors a step is a fraction of an instruction. No input takes more than linear time.
+   Measured: 1.5 times the random row for inputs made to deceive the first sample, 1.3 times for all honest ones. */
 static void dsa__topk_row(dsa__topk *t, const float *s, int64_t n, int64_t first)
 {
+    const dsa__kernels *k = t->kernels;
     uint32_t attempt, guesses = 0;
     int64_t at, m;
     for (attempt = 0; ; attempt++) {
-        float least = -dsa__infinity(), other;           /* the guess: who is below it may be missing */
-        int guess = attempt < 2 && n > 2 * t->room;
+        const int guess = attempt < 2 && n > 2 * t->room;
+        float least = -dsa__infinity(), other;           /* the guess: scores below it may be missing from the buffer */
         dsa__topk_begin(t);
         if (guess) least = dsa__topk_guess(t, s, n, guesses++);
         t->above = dsa__below(least);
         for (at = 0; at < n; at += m) {
             m = dsa__min64(dsa__min64(n - at, t->room - t->n), 1 << 30);
-            if (m < t->room / 16 && m < n - at) {
-                dsa__topk_make_room(t);
-                m = 0;
-                if (guess && at < n / 2 && guesses < 5) {
-                    other = dsa__topk_guess(t, s, n, guesses++);
-                    if (other > t->above) {
-                        least = other;
-                        t->above = dsa__below(least);
-                    }
-                }
+            if (m == n - at || m >= t->room / 16) {
+                t->n += k->filter(s + at, (int32_t)m, (int32_t)(first + at), t->above, t->s + t->n, t->i + t->n);
                 continue;
             }
-            t->n += t->kernels->filter(s + at, (int32_t)m, (int32_t)(first + at), t->above, t->s + t->n, t->i + t->n);
+            m = 0;
+            dsa__topk_make_room(t);
+            if (!guess || at >= n / 2 || guesses >= 5) continue;
+            other = dsa__topk_guess(t, s + at, n - at, guesses++);
+            if (other <= t->above) continue;
+            least = other;
+            t->above = dsa__below(least);
+            t->n = k->keep(t->s, t->i, t->n, least, 1, t->s, t->i);
         }
-        if (!dsa__selectable(least) || t->kernels->count(t->s, t->n, least) >= t->k) break;
+        if (!dsa__selectable(least) || k->count(t->s, t->n, least) >= t->k) break;
     }
 }
 
@@ -1818,52 +1836,47 @@ static void dsa__topk_take(dsa__arena *a, const dsa__kernels *kernels, int64_t k
 #if defined(DSA__X86)
 #define DSA__AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
 
-/* Row m: the lanes whose bits are set in m, in order. Four lanes at a time keep the table in four lines of memory. */
-static const int32_t dsa__pack4[16][4] = {
-    { 0, 0, 0, 0 }, { 0, 0, 0, 0 }, { 1, 0, 0, 0 }, { 0, 1, 0, 0 }, { 2, 0, 0, 0 }, { 0, 2, 0, 0 }, { 1, 2, 0, 0 }, { 0, 1, 2, 0 },
-    { 3, 0, 0, 0 }, { 0, 3, 0, 0 }, { 1, 3, 0, 0 }, { 0, 1, 3, 0 }, { 2, 3, 0, 0 }, { 0, 2, 3, 0 }, { 1, 2, 3, 0 }, { 0, 1, 2, 3 }
+/* Entry m: the numbers of the bits set in m, ascending, a byte each. */
+static const uint32_t dsa__set_bits[16] = {
+    0, 0, 0x1, 0x0100, 0x2, 0x0200, 0x0201, 0x020100, 0x3, 0x0300, 0x0301, 0x030100, 0x0302, 0x030200, 0x030201, 0x03020100
 };
 
-DSA__AVX2 static inline int32_t dsa__pack4_avx2(int mask, __m128 s, __m128i i, float *out_s, int32_t *out_i)
-{
-    __m128i lanes = _mm_loadu_si128((const __m128i *)(const void *)dsa__pack4[mask]);
-    _mm_storeu_ps(out_s, _mm_permutevar_ps(s, lanes));
-    _mm_storeu_si128((__m128i *)(void *)out_i, _mm_castps_si128(_mm_permutevar_ps(_mm_castsi128_ps(i), lanes)));
-    return (int32_t)_mm_popcnt_u32((unsigned)mask);
-}
-
-/* The lanes in mask to out, in order; returns how many. Writes at most 8 places. */
+/* The lanes in mask to out, in order; returns how many. Writes 8 places. */
 DSA__AVX2 static inline int32_t dsa__pack_avx2(int mask, __m256 s, __m256i i, float *out_s, int32_t *out_i)
 {
-    int32_t m = dsa__pack4_avx2(mask & 15, _mm256_castps256_ps128(s), _mm256_castsi256_si128(i), out_s, out_i);
-    return m + dsa__pack4_avx2(mask >> 4, _mm256_extractf128_ps(s, 1), _mm256_extracti128_si256(i, 1), out_s + m, out_i + m);
-}
-
-DSA__AVX2 static inline __m256 dsa__above_avx2(const float *s, __m256 above)
-{
-    return _mm256_cmp_ps(_mm256_loadu_ps(s), above, _CMP_GT_OQ);
+    const unsigned low = (unsigned)mask & 15u, high = (unsigned)mask >> 4;
+    const uint64_t lanes = dsa__set_bits[low] | (uint64_t)(dsa__set_bits[high] + 0x04040404u) << (8 * _mm_popcnt_u32(low));
+    const __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)lanes));
+    _mm256_storeu_ps(out_s, _mm256_permutevar8x32_ps(s, order));
+    _mm256_storeu_si256((__m256i *)(void *)out_i, _mm256_permutevar8x32_epi32(i, order));
+    return (int32_t)_mm_popcnt_u32((unsigned)mask);
 }
 
 DSA__AVX2 static int32_t dsa__filter_avx2(const float *s, int32_t n, int32_t first, float above, float *out_s, int32_t *out_i)
 {
     const __m256 a = _mm256_set1_ps(above);
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    int32_t j, l, m = 0;
-    for (j = 0; j + 64 <= n; j += 64) {      /* mostly all or none of these branches are taken, so few are mispredicted */
-        const float *x = s + j;
-        __m256 any = _mm256_or_ps(
-            _mm256_or_ps(_mm256_or_ps(dsa__above_avx2(x, a), dsa__above_avx2(x + 8, a)),
-                         _mm256_or_ps(dsa__above_avx2(x + 16, a), dsa__above_avx2(x + 24, a))),
-            _mm256_or_ps(_mm256_or_ps(dsa__above_avx2(x + 32, a), dsa__above_avx2(x + 40, a)),
-                         _mm256_or_ps(dsa__above_avx2(x + 48, a), dsa__above_avx2(x + 56, a))));
-        if (_mm256_movemask_ps(any) == 0) continue;
-        for (l = 0; l < 64; l += 8)
-            m += dsa__pack_avx2(_mm256_movemask_ps(dsa__above_avx2(x + l, a)), _mm256_loadu_ps(x + l),
-                                _mm256_add_epi32(lane, _mm256_set1_epi32(first + j + l)), out_s + m, out_i + m);
+    const __m256i next = _mm256_set1_epi32(8);
+    __m256i i0 = _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    int32_t j, m = 0;
+    for (j = 0; j + 32 <= n; j += 32) {      /* one branch for 32: few are mispredicted, whether candidates are rare or frequent */
+        const __m256 s0 = _mm256_loadu_ps(s + j), s1 = _mm256_loadu_ps(s + j + 8),
+                     s2 = _mm256_loadu_ps(s + j + 16), s3 = _mm256_loadu_ps(s + j + 24);
+        const __m256 a0 = _mm256_cmp_ps(s0, a, _CMP_GT_OQ), a1 = _mm256_cmp_ps(s1, a, _CMP_GT_OQ),
+                     a2 = _mm256_cmp_ps(s2, a, _CMP_GT_OQ), a3 = _mm256_cmp_ps(s3, a, _CMP_GT_OQ);
+        const __m256i i1 = _mm256_add_epi32(i0, next), i2 = _mm256_add_epi32(i1, next), i3 = _mm256_add_epi32(i2, next);
+        if (_mm256_movemask_ps(_mm256_or_ps(_mm256_or_ps(a0, a1), _mm256_or_ps(a2, a3))) != 0) {
+            m += dsa__pack_avx2(_mm256_movemask_ps(a0), s0, i0, out_s + m, out_i + m);
+            m += dsa__pack_avx2(_mm256_movemask_ps(a1), s1, i1, out_s + m, out_i + m);
+            m += dsa__pack_avx2(_mm256_movemask_ps(a2), s2, i2, out_s + m, out_i + m);
+            m += dsa__pack_avx2(_mm256_movemask_ps(a3), s3, i3, out_s + m, out_i + m);
+        }
+        i0 = _mm256_add_epi32(i3, next);
     }
-    for (; j + 8 <= n; j += 8)
-        m += dsa__pack_avx2(_mm256_movemask_ps(dsa__above_avx2(s + j, a)), _mm256_loadu_ps(s + j),
-                            _mm256_add_epi32(lane, _mm256_set1_epi32(first + j)), out_s + m, out_i + m);
+    for (; j + 8 <= n; j += 8) {
+        const __m256 v = _mm256_loadu_ps(s + j);
+        m += dsa__pack_avx2(_mm256_movemask_ps(_mm256_cmp_ps(v, a, _CMP_GT_OQ)), v, i0, out_s + m, out_i + m);
+        i0 = _mm256_add_epi32(i0, next);
+    }
     return m + dsa__ref_filter(s + j, n - j, first + j, above, out_s + m, out_i + m);
 }
 

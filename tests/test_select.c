@@ -1,6 +1,9 @@
 /* dsa_select and dsa_merge_topk against qsort in the total order: score descending, then lower index, NaN and -inf never. */
 #define _POSIX_C_SOURCE 200809L
 #include <time.h>
+#if defined(__SSE2__)
+#  include <xmmintrin.h>
+#endif
 #include "../dsa.h"
 #include "harness.h"
 #include "brute.h"
@@ -118,16 +121,29 @@ static dsa_select_args rows_of(const float *scores, int64_t n_rows, int64_t n_co
 typedef enum fill {
     FILL_NORMAL, FILL_EQUAL, FILL_ZERO, FILL_SIGNED_ZERO, FILL_ASCENDING, FILL_DESCENDING, FILL_OUTLIER, FILL_DENORMAL, FILL_MIXED,
     FILL_ALL_NAN, FILL_ALL_MINUS_INF, FILL_ALL_PLUS_INF, FILL_PLATEAU, FILL_FEW_VALUES, FILL_ONE_ULP, FILL_NEGATIVE, FILL_HUGE_RANGE,
-    FILL_SPARSE, FILL_COUNT
+    FILL_SPARSE, FILL_TIES_16, FILL_TIES_100, FILL_SAWTOOTH, FILL_PIPE, FILL_SAMPLE_LOW, FILL_SAMPLE_HIGH, FILL_COUNT
 } fill;
 static const char *const fill_names[FILL_COUNT] = {
     "normal", "all_equal", "all_zero", "signed_zeros", "ascending", "descending", "one_outlier", "denormals", "nan_and_inf",
     "all_nan", "all_minus_inf", "all_plus_inf", "plateau_at_the_cut", "few_values", "one_ulp_apart", "negative", "all_exponents",
-    "relu_plateau"
+    "relu_plateau", "ties_in_16s", "ties_in_100s", "sawtooth", "organ_pipe", "low_where_sampled", "high_where_sampled"
 };
+
+/* What dsa_select reads first of a row (dsa__topk_guess): 128 pieces of 16 scores, one in each part of the row, wherever the
+   hash says. Should that change, these rows are two ordinary ones. */
+static void fill_sampled(brute_rng *r, float *x, int64_t n, float value)
+{
+    int64_t pieces = n / 16;
+    for (uint32_t j = 0; j < 128 && pieces >= 128; j++) {
+        uint32_t hash = (j + 1) * 2654435761u;
+        int64_t piece = j * pieces / 128 + (int64_t)((uint64_t)hash * (uint64_t)(pieces / 128) >> 32);
+        for (int i = 0; i < 16; i++) x[piece * 16 + i] = value + (float)brute_uniform(r);
+    }
+}
 
 static void fill_row(brute_rng *r, fill kind, float *x, int64_t n)
 {
+    float same = 0;
     for (int64_t i = 0; i < n; i++) {
         double u = brute_uniform(r);
         switch (kind) {
@@ -149,9 +165,16 @@ static void fill_row(brute_rng *r, fill kind, float *x, int64_t n)
         case FILL_NEGATIVE:      x[i] = -(float)exp(8 * u); break;
         case FILL_HUGE_RANGE:    do x[i] = brute_float((uint32_t)brute_u64(r)); while (!isfinite(x[i])); break;
         case FILL_SPARSE:        x[i] = u < 0.98 ? 0 : (float)(u - 0.99); break;   /* what ReLU leaves: a plateau at exactly 0 */
+        case FILL_TIES_16:       if (i % 16 == 0) same = (float)brute_normal(r); x[i] = same; break;
+        case FILL_TIES_100:      if (i % 100 == 0) same = (float)brute_normal(r); x[i] = same; break;
+        case FILL_SAWTOOTH:      x[i] = (float)(i % 1024); break;
+        case FILL_PIPE:          x[i] = (float)(i < n / 2 ? i : n - i); break;
+        case FILL_SAMPLE_LOW:    x[i] = (float)(i + 10); break;
         default:                 x[i] = (float)brute_normal(r); break;
         }
     }
+    if (kind == FILL_SAMPLE_LOW) fill_sampled(r, x, n, 0);
+    if (kind == FILL_SAMPLE_HIGH) fill_sampled(r, x, n, 100);
 }
 
 static float *filled(uint64_t seed, fill kind, int64_t n)
@@ -202,11 +225,43 @@ TEST exact_on(dsa_isa isa, fill kind)
     return ended;
 }
 
-/* Bad rows cost at most a small factor of random ones. The factor here is generous because machines are busy;
-   a quadratic path would miss it by orders of magnitude. */
+/* Long enough to be sampled, full of chances to guess wrong; odd lengths and addresses. */
+TEST exact_on_long_rows_of(dsa_isa isa, fill kind)
+{
+    enum { N = 70001, K = 2048 };
+    dsa_ctx ctx = context(isa, 1, NULL, NULL);
+    float *x = filled(250, kind, N + 3);
+    dsa_select_args args = rows_of(x, 1, N, N);
+    enum greatest_test_res ended = check_select(&ctx, &args, K, DSA_ORDER_INDEX);
+    if (ended == GREATEST_TEST_RES_PASS) {
+        args.scores = x + 3;
+        ended = check_select(&ctx, &args, 7, DSA_ORDER_INDEX);
+    }
+    free(x);
+    return ended;
+}
+
+#if defined(__SSE2__)
+/* A program built with -ffast-math tells the CPU to take denormals for 0; then they are 0 here too, and ties are ties. */
+TEST denormals_may_count_as_zero(dsa_isa isa, fill kind)
+{
+    enum { N = 20000, K = 2048 };
+    dsa_ctx ctx = context(isa, 1, NULL, NULL);
+    float *x = filled(260, kind, N);
+    dsa_select_args args = rows_of(x, 1, N, N);
+    unsigned mode = _mm_getcsr();
+    _mm_setcsr(mode | 0x8040);                                       /* flush to zero, denormals are zero */
+    enum greatest_test_res ended = check_select(&ctx, &args, K, DSA_ORDER_INDEX);
+    _mm_setcsr(mode);
+    free(x);
+    return ended;
+}
+#endif
+
+/* Bad rows cost at most a small factor of random ones (1.5 was measured on a quiet machine, this may be a busy one). */
 TEST worst_cases_cost_little_more_than_random(dsa_isa isa)
 {
-    enum { N = 1 << 18, K = 2048, TRIES = 3 };
+    enum { N = 1 << 18, K = 2048, TRIES = 9 };
     dsa_ctx ctx = context(isa, 1, NULL, NULL);
     result r = result_new(1, K);
     dsa_selection out = selection_of(&r, DSA_ORDER_INDEX);
@@ -223,7 +278,7 @@ TEST worst_cases_cost_little_more_than_random(dsa_isa isa)
         }
         free(x);
         if (kind == FILL_NORMAL) random = best;
-        if (status != DSA_OK || best > 12 * random + 0.01) {
+        if (status != DSA_OK || best > 5 * random + 0.001) {
             printf("\n  %s: %.4f s, random %.4f s", fill_names[kind], best, random);
             result_free(&r);
             FAILm("a worst case costs too much");
@@ -433,6 +488,26 @@ TEST short_workspace_is_an_error(dsa_isa isa)
     PASS();
 }
 
+/* Per thread 128 KiB, however long the rows. */
+TEST workspace_is_bounded(dsa_isa isa)
+{
+    static const int64_t lengths[] = { 1, 3000, 1 << 16, 1 << 20, INT32_MAX };
+    for (int32_t n_threads = 1; n_threads <= 8; n_threads *= 2) {
+        dsa_ctx ctx = context(isa, n_threads, NULL, NULL);
+        for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++) {
+            dsa_select_args args = rows_of(NULL, 100, lengths[i], lengths[i]);
+            dsa_selection out;
+            size_t bytes = 0;
+            memset(&out, 0, sizeof out);
+            out.top_k = 2048;
+            ASSERT_EQ(DSA_OK, dsa_select_workspace(&ctx, &args, &out, &bytes));
+            ASSERT(bytes > 0);
+            ASSERT_LTE(bytes, (size_t)n_threads * 128 * 1024);
+        }
+    }
+    PASS();
+}
+
 /* ---- merging ---------------------------------------------------------------------------------------------------- */
 static dsa_status merge_parts(const dsa_ctx *ctx, dsa_merge_topk_args args, const dsa_selection *out)
 {
@@ -579,6 +654,17 @@ SUITE(select_suite)
             CASE("%s_%s", isa, fill_names[f]);
             RUN_TESTp(exact_on, isas[i], (fill)f);
         }
+        for (int f = 0; f < FILL_COUNT; f++) {
+            CASE("%s_%s", isa, fill_names[f]);
+            RUN_TESTp(exact_on_long_rows_of, isas[i], (fill)f);
+        }
+#if defined(__SSE2__)
+        static const fill tiny[] = { FILL_DENORMAL, FILL_SIGNED_ZERO, FILL_SPARSE, FILL_NORMAL };
+        for (size_t f = 0; f < sizeof tiny / sizeof *tiny; f++) {
+            CASE("%s_%s", isa, fill_names[tiny[f]]);
+            RUN_TESTp(denormals_may_count_as_zero, isas[i], tiny[f]);
+        }
+#endif
         CASE("%s", isa);
         RUN_TESTp(worst_cases_cost_little_more_than_random, isas[i]);
         CASE("%s", isa);
@@ -607,6 +693,8 @@ SUITE(select_suite)
         }
         CASE("%s", isa);
         RUN_TESTp(short_workspace_is_an_error, isas[i]);
+        CASE("%s", isa);
+        RUN_TESTp(workspace_is_bounded, isas[i]);
 
         static const fill merged[] = { FILL_NORMAL, FILL_FEW_VALUES, FILL_MIXED, FILL_EQUAL };
         for (size_t f = 0; f < sizeof merged / sizeof *merged; f++) {

@@ -374,9 +374,9 @@ typedef enum dsa_isa {
     DSA_ISA_AUTO = 0,            /* the best that this build and this CPU have */
     DSA_ISA_SCALAR,
     DSA_ISA_AVX2,                /* AVX2, FMA, F16C */
-    DSA_ISA_AVX512,              /* AVX-512 F, BW, VL, DQ, and BF16, VNNI, VBMI where the CPU has all three */
+    DSA_ISA_AVX512,              /* AVX-512 F, BW, VL, DQ; VNNI, and BF16 with VBMI, where the CPU has them */
     DSA_ISA_NEON,                /* AArch64 */
-    DSA_ISA_AVX512_BASE          /* AVX-512 without those three, for tests */
+    DSA_ISA_AVX512_BASE          /* AVX-512 without those, for tests */
 } dsa_isa;
 
 typedef enum dsa_device { DSA_DEVICE_CPU = 0, DSA_DEVICE_CUDA, DSA_DEVICE_AUTO } dsa_device;
@@ -869,6 +869,15 @@ DSA_API void       dsa_pool_run(void *pool, int32_t n_tasks, dsa_task task, void
 #else
 #  define DSA__RESTRICT
 #  define DSA__INLINE static
+#endif
+
+/* Loops of constant length over registers: without this gcc -O2 keeps them as loops and the registers in memory. */
+#if defined(__clang__)
+#  define DSA__UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#  define DSA__UNROLL _Pragma("GCC unroll 32")
+#else
+#  define DSA__UNROLL
 #endif
 
 #define DSA__MAX_POS INT64_C(2147483647)    /* positions are int32 in index lists */
@@ -1918,7 +1927,11 @@ DSA__AVX2 static int64_t dsa__keep_avx2(const float *s, const int32_t *i, int64_
 #  pragma GCC diagnostic ignored "-Wuninitialized"
 #  pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
-#define DSA__AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,popcnt")))
+#define DSA__AVX512_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,popcnt"
+#define DSA__AVX512      __attribute__((target(DSA__AVX512_TARGET)))
+#define DSA__AVX512_BF16 __attribute__((target(DSA__AVX512_TARGET ",avx512bf16")))
+#define DSA__AVX512_VNNI __attribute__((target(DSA__AVX512_TARGET ",avx512vnni")))
+#define DSA__AVX512_FP8  __attribute__((target(DSA__AVX512_TARGET ",avx512bf16,avx512vbmi")))
 
 /* The first n lanes, n >= 0. */
 DSA__AVX512 static inline __mmask16 dsa__lanes_avx512(int64_t n) { return (__mmask16)(n < 16 ? (1u << n) - 1u : 0xFFFFu); }
@@ -1997,6 +2010,759 @@ DSA__AVX512 static int64_t dsa__keep_avx512(const float *s, const int32_t *i, in
     }
     return m + dsa__ref_keep(s + j, i + j, n - j, cut, equal, out_s + m, out_i + m);     /* writes nothing beyond place n */
 }
+/* ---- index scores --------------------------------------------------------------------------------------------------
+   Lanes are heads. A unit is what multiplies: it takes words of 4 bytes that hold 1 (f32), 2 (bf16) or 4 (int8) dims of one key
+   or of one head. */
+
+static uint64_t dsa__first_bits(int64_t n) { return n >= 64 ? ~UINT64_C(0) : (UINT64_C(1) << n) - 1; }
+
+typedef enum dsa__unit { DSA__UNIT_F32 = 0, DSA__UNIT_BF16, DSA__UNIT_INT8 } dsa__unit;
+
+/* Accumulators keep one element type all along: gcc 12 makes copies of an __m512i that is used as 16 integers, and spills them. */
+typedef int32_t dsa__ints __attribute__((vector_size(64)));
+
+/* acc + <key word, query word>, lane by lane */
+DSA__INLINE DSA__AVX512 __m512 dsa__madd_f32_avx512(__m512 acc, __m512i k, __m512i q)
+{
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(k), _mm512_castsi512_ps(q), acc);
+}
+
+DSA__INLINE DSA__AVX512_BF16 __m512 dsa__madd_bf16_avx512(__m512 acc, __m512i k, __m512i q)
+{
+    return _mm512_dpbf16_ps(acc, (__m512bh)q, (__m512bh)k);
+}
+
+/* The unit multiplies unsigned by signed bytes: keys come as k + 128, and acc starts at -128 Sum_d q[d]. */
+DSA__INLINE DSA__AVX512_VNNI dsa__ints dsa__madd_int8_avx512(dsa__ints acc, __m512i k, __m512i q)
+{
+    return (dsa__ints)_mm512_dpbusd_epi32((__m512i)acc, _mm512_xor_si512(k, _mm512_set1_epi32((int32_t)0x80808080u)), q);
+}
+
+/* ReLU of finished dots, as f32. max(0, x) in this order keeps a NaN x. */
+DSA__INLINE DSA__AVX512 __m512 dsa__relu_f32_avx512(__m512 x) { return _mm512_max_ps(_mm512_setzero_ps(), x); }
+#define dsa__relu_bf16_avx512 dsa__relu_f32_avx512
+DSA__INLINE DSA__AVX512 __m512 dsa__relu_int8_avx512(dsa__ints x)
+{
+    return _mm512_cvtepi32_ps(_mm512_max_epi32((__m512i)x, _mm512_setzero_si512()));
+}
+
+/* FP8 keys are expanded to bf16 by the tile before theirs, between its dots: there the shuffles and stores find idle ports. In
+   front of their own tile they cost a tenth. */
+typedef struct dsa__score_ahead {
+    const unsigned char *rows[12];       /* of the next tile */
+    unsigned char *out;                  /* [KEYS, row_bytes] */
+    size_t row_bytes;
+    const __m512i *table;                /* the four halves of two byte tables, the order of unpacking, the sign bits */
+    int32_t dim;
+} dsa__score_ahead;
+
+/* Expands 32 dims of KEYS keys, two keys at a time, to byte i of their bf16 rows; zeros behind the last dim. e4m3 -> bf16 is exact:
+   the 7 bits below the sign look up the low and the high byte. The constants come from memory, for no register is free. */
+DSA__INLINE DSA__AVX512_FP8 void dsa__expand_fp8_avx512(int n_keys, const dsa__score_ahead *a, int64_t i)
+{
+    __mmask32 m = (__mmask32)dsa__first_bits(a->dim - i / 2);
+    unsigned char *out = a->out + i;
+    int j;
+    for (j = 0; j < n_keys; j += 2, out += 2 * a->row_bytes) {
+        __m512i x = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(m, a->rows[j] + i / 2)), low, high;
+        x = _mm512_inserti64x4(x, _mm256_maskz_loadu_epi8(m, a->rows[j + 1] + i / 2), 1);
+        x = _mm512_permutexvar_epi64(a->table[4], x);                               /* 8 dims of one key, 8 of the other, .. */
+        low = _mm512_permutex2var_epi8(a->table[0], x, a->table[1]);
+        high = _mm512_permutex2var_epi8(a->table[2], x, a->table[3]);
+        high = _mm512_ternarylogic_epi64(high, x, a->table[5], 0xF8);               /* high | (x & sign) */
+        _mm512_store_si512((__m512i *)(void *)out, _mm512_unpacklo_epi8(low, high));
+        _mm512_store_si512((__m512i *)(void *)(out + a->row_bytes), _mm512_unpackhi_epi8(low, high));
+    }
+}
+
+#define DSA__AHEAD_NONE(KEYS)
+#define DSA__AHEAD_FP8(KEYS) if (i % 64 == 0) dsa__expand_fp8_avx512(KEYS, ahead, i);
+
+typedef void dsa__score_tile(int32_t words, const unsigned char *const *keys, const __m512i *q, uint64_t heads, int add,
+                             __m512 *part, const dsa__score_ahead *ahead);
+
+/* part[j] = (add ? part[j] : 0) + w ReLU(<q, key j>), KEYS keys against NV vectors of heads */
+#define DSA__SCORE_TILE(NAME, TARGET, UNIT, ACC, KEYS, NV, AHEAD)                                                                   \
+TARGET static void NAME(int32_t words, const unsigned char *const *keys, const __m512i *q, uint64_t heads, int add,                 \
+                        __m512 *part, const dsa__score_ahead *ahead)                                                                \
+{                                                                                                                                   \
+    const __m512i *w = q;                                                                                                           \
+    const unsigned char *k[KEYS];                                                                                                   \
+    ACC a[KEYS][NV];                                                                                                                \
+    int64_t i, bytes = 4 * (int64_t)words;                                                                                          \
+    int j, v;                                                                                                                       \
+    (void)ahead;                                                                                                                    \
+    DSA__UNROLL for (j = 0; j < KEYS; j++) k[j] = keys[j];                                                                          \
+    DSA__UNROLL for (j = 0; j < KEYS; j++)                                                                                          \
+        DSA__UNROLL for (v = 0; v < NV; v++) a[j][v] = (ACC)q[NV + v];                                                              \
+    for (i = 0, q += 2 * NV; i < bytes; i += 4, q += NV) {                                                                          \
+        __m512i b[NV];                                                                                                              \
+        AHEAD(KEYS)                                                                                                                 \
+        DSA__UNROLL for (v = 0; v < NV; v++) b[v] = q[v];                                                                           \
+        DSA__UNROLL for (j = 0; j < KEYS; j++) {                                                                                    \
+            int32_t word;                                                                                                           \
+            __m512i x;                                                                                                              \
+            memcpy(&word, k[j] + i, 4);                                                                                             \
+            x = _mm512_set1_epi32(word);                                                                                            \
+            DSA__UNROLL for (v = 0; v < NV; v++) a[j][v] = dsa__madd_##UNIT##_avx512(a[j][v], x, b[v]);                             \
+        }                                                                                                                           \
+    }                                                                                                                               \
+    DSA__UNROLL for (j = 0; j < KEYS; j++) {                                                                                        \
+        __m512 s = add ? part[j] : _mm512_setzero_ps();                                                                             \
+        DSA__UNROLL for (v = 0; v < NV; v++)                                                                                        \
+            s = _mm512_mask3_fmadd_ps(dsa__relu_##UNIT##_avx512(a[j][v]), (__m512)w[v], s, (__mmask16)(heads >> 16 * v));           \
+        part[j] = s;                                                                                                                \
+    }                                                                                                                               \
+}
+DSA__SCORE_TILE(dsa__score_tile_f32_4_avx512,  DSA__AVX512,       f32, __m512,     6, 4, DSA__AHEAD_NONE)
+DSA__SCORE_TILE(dsa__score_tile_f32_2_avx512,  DSA__AVX512,       f32, __m512,    12, 2, DSA__AHEAD_NONE)
+DSA__SCORE_TILE(dsa__score_tile_f32_1_avx512,  DSA__AVX512,       f32, __m512,    12, 1, DSA__AHEAD_NONE)
+DSA__SCORE_TILE(dsa__score_tile_bf16_4_avx512, DSA__AVX512_BF16, bf16, __m512,     6, 4, DSA__AHEAD_NONE)
+DSA__SCORE_TILE(dsa__score_tile_bf16_2_avx512, DSA__AVX512_BF16, bf16, __m512,    12, 2, DSA__AHEAD_NONE)
+DSA__SCORE_TILE(dsa__score_tile_bf16_1_avx512, DSA__AVX512_BF16, bf16, __m512,    12, 1, DSA__AHEAD_NONE)
+DSA__SCORE_TILE(dsa__score_tile_fp8_4_avx512,  DSA__AVX512_FP8,  bf16, __m512,     6, 4, DSA__AHEAD_FP8)
+DSA__SCORE_TILE(dsa__score_tile_fp8_2_avx512,  DSA__AVX512_FP8,  bf16, __m512,    12, 2, DSA__AHEAD_FP8)
+DSA__SCORE_TILE(dsa__score_tile_fp8_1_avx512,  DSA__AVX512_FP8,  bf16, __m512,    12, 1, DSA__AHEAD_FP8)
+DSA__SCORE_TILE(dsa__score_tile_int8_4_avx512, DSA__AVX512_VNNI, int8, dsa__ints,  6, 4, DSA__AHEAD_NONE)
+DSA__SCORE_TILE(dsa__score_tile_int8_2_avx512, DSA__AVX512_VNNI, int8, dsa__ints, 12, 2, DSA__AHEAD_NONE)
+DSA__SCORE_TILE(dsa__score_tile_int8_1_avx512, DSA__AVX512_VNNI, int8, dsa__ints, 12, 1, DSA__AHEAD_NONE)
+
+/* by unit, then by vectors of heads: 1, 2, 4 */
+static dsa__score_tile *const dsa__score_tiles_avx512[3][3] = {
+    { dsa__score_tile_f32_1_avx512,  dsa__score_tile_f32_2_avx512,  dsa__score_tile_f32_4_avx512 },
+    { dsa__score_tile_bf16_1_avx512, dsa__score_tile_bf16_2_avx512, dsa__score_tile_bf16_4_avx512 },
+    { dsa__score_tile_int8_1_avx512, dsa__score_tile_int8_2_avx512, dsa__score_tile_int8_4_avx512 }
+};
+static dsa__score_tile *const dsa__score_tiles_fp8_avx512[3] = {
+    dsa__score_tile_fp8_1_avx512, dsa__score_tile_fp8_2_avx512, dsa__score_tile_fp8_4_avx512
+};
+
+DSA__AVX512_FP8 static void dsa__score_first_fp8_avx512(int n_keys, int32_t words, const dsa__score_ahead *a)
+{
+    int64_t i;
+    for (i = 0; i < 4 * (int64_t)words; i += 64) dsa__expand_fp8_avx512(n_keys, a, i);
+}
+
+/* Other keys that their unit cannot read in place. bf16 and int8 rows that end within a word: */
+DSA__AVX512 static void dsa__score_copy_avx512(dsa_type format, int32_t dim, const unsigned char *row, unsigned char *out)
+{
+    int32_t i, bytes = format == DSA_BF16 ? 2 * dim : dim;
+    for (i = 0; i < bytes; i += 64)
+        _mm512_store_si512((__m512i *)(void *)(out + i), _mm512_maskz_loadu_epi8(dsa__first_bits(bytes - i), row + i));
+}
+
+/* anything -> f32, exact */
+DSA__AVX512 static void dsa__score_widen_avx512(dsa_type format, int32_t dim, const unsigned char *row, unsigned char *out)
+{
+    const __m512i top = _mm512_set1_epi32(127);
+    int32_t d;
+    for (d = 0; d < dim; d += 16) {
+        __mmask16 m = (__mmask16)dsa__first_bits(dim - d);
+        __m512i x, a;
+        if (format == DSA_BF16) {
+            x = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, row + 2 * d)), 16);
+        } else {
+            __m128i c = _mm_maskz_loadu_epi8(m, row + d);
+            if (format == DSA_INT8) {
+                x = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(c)));
+            } else {                                                                /* e4m3: bias 7 instead of 127 */
+                x = _mm512_cvtepu8_epi32(c);
+                a = _mm512_and_si512(x, top);
+                x = _mm512_slli_epi32(_mm512_andnot_si512(top, x), 24);
+                x = _mm512_or_si512(x, _mm512_mask_blend_epi32(_mm512_cmpgt_epi32_mask(a, _mm512_set1_epi32(7)),
+                    _mm512_castps_si512(_mm512_mul_ps(_mm512_cvtepi32_ps(a), _mm512_set1_ps(0.001953125f))),      /* subnormal */
+                    _mm512_add_epi32(_mm512_slli_epi32(a, 20), _mm512_set1_epi32(120 << 23))));
+                x = _mm512_mask_blend_epi32(_mm512_cmpeq_epi32_mask(a, top), x, _mm512_set1_epi32(0x7FC00000));
+            }
+        }
+        _mm512_store_si512((__m512i *)(void *)(out + 4 * d), x);
+    }
+}
+
+DSA__AVX512 static void dsa__query_round_avx512(dsa_type format, int hadamard, int32_t n_heads, int32_t dim, const float *q, const float *w,
+                                                float *x, float *v)
+{
+    dsa__round_heads(format, hadamard, n_heads, dim, q, w, x, v);
+}
+
+/* How one format is scored on a CPU of a given level: 0 AVX-512 F, BW, VL and DQ; 1 also VNNI; 2 also BF16 and VBMI. */
+typedef struct dsa__score_how {
+    dsa__unit unit;
+    int32_t words;                       /* of a key, or of a head of the query */
+    int32_t n_vectors;                   /* of 16 heads */
+    int32_t n_tables;                    /* vectors at the start of a packed query: constants of the FP8 expansion */
+    size_t row_bytes;                    /* of an expanded key; 0: keys are read in place */
+    void (*expand)(dsa_type format, int32_t dim, const unsigned char *row, unsigned char *out);
+} dsa__score_how;
+
+static dsa__score_how dsa__score_how_avx512(int level, dsa_type format, int32_t n_heads, int32_t dim)
+{
+    dsa__score_how p = { DSA__UNIT_F32, 0, 0, 0, 0, NULL };
+    int32_t per;                         /* dims of a word */
+    if (level >= 1 && format == DSA_INT8) p.unit = DSA__UNIT_INT8;
+    if (level >= 2 && (format == DSA_BF16 || format == DSA_FP8)) p.unit = DSA__UNIT_BF16;
+    per = 1 << (int)p.unit;
+    p.words = (dim + per - 1) / per;
+    p.n_vectors = (n_heads + 15) / 16;
+    if (p.unit == DSA__UNIT_F32) p.expand = format == DSA_F32 ? NULL : dsa__score_widen_avx512;
+    else if (format == DSA_FP8) p.n_tables = 6;
+    else if (dim % per != 0) p.expand = dsa__score_copy_avx512;
+    if (p.expand || p.n_tables) p.row_bytes = ((size_t)dim + 63) / 64 * 64 * (size_t)(4 / per);
+    return p;
+}
+
+/* Vectors of heads that the next tile takes. */
+static int32_t dsa__score_group_avx512(int32_t left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+
+/* A packed query: the constants of the FP8 expansion; then for each group of vectors its weights, where its sums start, and its
+   words dim by dim, so that a tile reads it from front to back. */
+static size_t dsa__query_bytes_level_avx512(int level, dsa_type format, int32_t n_heads, int32_t dim)
+{
+    dsa__score_how p = dsa__score_how_avx512(level, format, n_heads, dim);
+    return 64 * ((size_t)p.n_tables + (size_t)p.n_vectors * ((size_t)p.words + 2));
+}
+
+static void dsa__query_pack_level_avx512(int level, dsa_type format, int32_t n_heads, int32_t dim, const float *q, const float *w,
+                                         void *packed)
+{
+    dsa__score_how p = dsa__score_how_avx512(level, format, n_heads, dim);
+    unsigned char *group = (unsigned char *)packed;
+    int32_t v, h, d, c, nv;
+    memset(packed, 0, dsa__query_bytes_level_avx512(level, format, n_heads, dim));
+    if (p.n_tables) {
+        for (c = 0; c < 128; c++) {
+            uint32_t b = dsa__bits(dsa_e4m3_to_f32((uint8_t)c)) >> 16;
+            group[c] = (unsigned char)(b & 255u);
+            group[128 + c] = (unsigned char)(b >> 8);
+        }
+        for (c = 0; c < 8; c++) group[256 + 8 * c] = (unsigned char)(c / 2 + c % 2 * 4);
+        memset(group + 320, 128, 64);
+        group += 64 * p.n_tables;
+    }
+    for (v = 0; v < p.n_vectors; v += nv) {
+        nv = dsa__score_group_avx512(p.n_vectors - v);
+        for (h = 16 * v; h < dsa__min32(n_heads, 16 * (v + nv)); h++) {
+            unsigned char *lane = group + 4 * (h - 16 * v), *x = lane + 128 * nv;
+            int32_t step = 64 * nv, start = 0;
+            memcpy(lane, w + h, 4);
+            for (d = 0; d < dim; d++) {
+                float y = q[(int64_t)h * dim + d];
+                uint32_t b = dsa__bits(y);
+                uint16_t b16 = (uint16_t)(b >> 16);
+                switch (p.unit) {
+                case DSA__UNIT_F32:  memcpy(x + (int64_t)d * step, &b, 4); break;
+                case DSA__UNIT_BF16: memcpy(x + (int64_t)(d / 2) * step + 2 * (d % 2), &b16, 2); break;
+                case DSA__UNIT_INT8: x[(int64_t)(d / 4) * step + d % 4] = (unsigned char)(int32_t)y; start -= 128 * (int32_t)y; break;
+                }
+            }
+            memcpy(lane + 64 * nv, &start, 4);
+        }
+        group += 64 * (size_t)nv * ((size_t)p.words + 2);
+    }
+}
+
+/* Scratch: part [KEYS], expanded keys [KEYS, row_bytes]. */
+static size_t dsa__score_bytes_level_avx512(int level, dsa_type format, int32_t n_heads, int32_t dim)
+{
+    dsa__score_how p = dsa__score_how_avx512(level, format, n_heads, dim);
+    return DSA__KEYS * (64 + p.row_bytes);
+}
+
+/* The sums of 16 vectors. Every vector adds its lanes in the same order, (0 + 2) + (1 + 3) within quarters and then likewise across. */
+DSA__AVX512 static __m512 dsa__sum_lanes_avx512(const __m512 *x)
+{
+    __m512 a[8], b[4], c[2];
+    int i;
+    DSA__UNROLL for (i = 0; i < 8; i++)
+        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+    DSA__UNROLL for (i = 0; i < 4; i++) {
+        __m512d y = _mm512_castps_pd(a[2 * i]), z = _mm512_castps_pd(a[2 * i + 1]);
+        b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(y, z)), _mm512_castpd_ps(_mm512_unpackhi_pd(y, z)));
+    }
+    DSA__UNROLL for (i = 0; i < 2; i++)
+        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x44), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xEE));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xDD));
+}
+
+/* Row j + t, t < 12; behind the last row the last again: the last tile is a full one too. */
+static void dsa__score_rows_avx512(const unsigned char *const *rows, int32_t n, int32_t j, int32_t n_tile, const unsigned char **out)
+{
+    int32_t t;
+    for (t = 0; t < n_tile; t++) out[t] = rows[dsa__min32(j + t, n - 1)];
+}
+
+DSA__AVX512 static void dsa__score_level_avx512(int level, dsa_type format, int32_t n_heads, int32_t dim, int32_t n_q,
+                                                const void *const *queries, int32_t n, const unsigned char *const *rows,
+                                                const float *scales, float *I, int64_t ldi, void *scratch)
+{
+    dsa__score_how p = dsa__score_how_avx512(level, format, n_heads, dim);
+    const size_t key_bytes = (size_t)dim * (format == DSA_F32 ? 4 : format == DSA_BF16 ? 2 : 1);
+    __m512 *part = (__m512 *)scratch;
+    unsigned char *expanded = (unsigned char *)(part + DSA__KEYS);
+    dsa__score_ahead ahead;
+    int32_t i, j, v, nv, t, n_tile;
+    size_t b;
+    if (p.expand) for (j = 0; j < n; j++) p.expand(format, dim, rows[j], expanded + (size_t)j * p.row_bytes);
+    ahead.row_bytes = p.row_bytes;
+    ahead.table = (const __m512i *)queries[0];
+    ahead.dim = dim;
+    for (i = 0; i < n_q; i++) {
+        const __m512i *q = (const __m512i *)queries[i] + p.n_tables;
+        for (v = 0; v < p.n_vectors; v += nv) {
+            const int first = i == 0 && v == 0;
+            nv = dsa__score_group_avx512(p.n_vectors - v);
+            n_tile = nv == 4 ? 6 : 12;
+            for (j = 0; j < n; j += n_tile) {
+                dsa__score_tile *tile = dsa__score_tiles_avx512[p.unit][nv / 2];
+                const unsigned char *keys[12];
+                if (first)
+                    for (t = j + 16; t < j + 16 + n_tile; t++) {
+                        const unsigned char *row = t < n ? rows[t] : rows[n - 1] + (size_t)(t - n + 1) * key_bytes;
+                        for (b = 0; b < key_bytes; b += 64) _mm_prefetch((const char *)row + b, _MM_HINT_T0);
+                    }
+                if (first && p.n_tables) {
+                    if (j == 0) {
+                        dsa__score_rows_avx512(rows, n, 0, n_tile, ahead.rows);
+                        ahead.out = expanded;
+                        dsa__score_first_fp8_avx512(n_tile, p.words, &ahead);
+                    }
+                    if (j + n_tile < n) {
+                        dsa__score_rows_avx512(rows, n, j + n_tile, n_tile, ahead.rows);
+                        ahead.out = expanded + (size_t)(j + n_tile) * p.row_bytes;
+                        tile = dsa__score_tiles_fp8_avx512[nv / 2];
+                    }
+                }
+                if (p.row_bytes) for (t = 0; t < n_tile; t++) keys[t] = expanded + (size_t)(j + t) * p.row_bytes;
+                else dsa__score_rows_avx512(rows, n, j, n_tile, keys);
+                tile(p.words, keys, q, dsa__first_bits(n_heads - 16 * v), v > 0, part + j, &ahead);
+            }
+            q += nv * (p.words + 2);
+        }
+        for (j = 0; j < n; j += 16) {
+            __mmask16 m = (__mmask16)dsa__first_bits(n - j);
+            __m512 s = dsa__sum_lanes_avx512(part + j);
+            if (scales) s = _mm512_mul_ps(s, _mm512_maskz_loadu_ps(m, scales + j));
+            _mm512_mask_storeu_ps(I + i * ldi + j, m, s);
+        }
+    }
+}
+
+#define DSA__SCORE_ENTRIES(SUFFIX, LEVEL)                                                                                           \
+static size_t dsa__query_bytes_##SUFFIX(dsa_type format, int32_t n_heads, int32_t dim)                                              \
+{                                                                                                                                   \
+    return dsa__query_bytes_level_avx512(LEVEL, format, n_heads, dim);                                                              \
+}                                                                                                                                   \
+static void dsa__query_pack_##SUFFIX(dsa_type format, int32_t n_heads, int32_t dim, const float *q, const float *w, void *packed)   \
+{                                                                                                                                   \
+    dsa__query_pack_level_avx512(LEVEL, format, n_heads, dim, q, w, packed);                                                        \
+}                                                                                                                                   \
+static size_t dsa__score_bytes_##SUFFIX(dsa_type format, int32_t n_heads, int32_t dim)                                              \
+{                                                                                                                                   \
+    return dsa__score_bytes_level_avx512(LEVEL, format, n_heads, dim);                                                              \
+}                                                                                                                                   \
+static void dsa__score_##SUFFIX(dsa_type format, int32_t n_heads, int32_t dim, int32_t n_q, const void *const *queries, int32_t n,  \
+                                const unsigned char *const *rows, const float *scales, float *I, int64_t ldi, void *scratch)        \
+{                                                                                                                                   \
+    dsa__score_level_avx512(LEVEL, format, n_heads, dim, n_q, queries, n, rows, scales, I, ldi, scratch);                           \
+}
+DSA__SCORE_ENTRIES(avx512f, 0)
+DSA__SCORE_ENTRIES(avx512vnni, 1)
+DSA__SCORE_ENTRIES(avx512, 2)
+
+/* ---- attention (AVX-512) -----------------------------------------------------------------------
+   The block's two matrix products, logits = rows q^T and out += P V (spec 5), are one tile: 8 broadcast values times 3 vectors,
+   24 accumulators, which the text below makes once for f32 and once for pairs of bf16. Both take 4 bytes a step on each side:
+
+       logits  C[row][head]    a: 4 bytes of a row, in place through its pointer    b: the packed query, 16 heads side by side
+       values  C[head][d]      a: p of one row, or of a pair of rows                b: V, staged for 48 d at a time, so that it stays in L1
+
+   Every C is one chain over the steps from 0, whatever the tile's width: a head's bits depend on nothing but its own numbers. */
+
+#define DSA__AT_HEADS 16                    /* heads side by side in the packed query, the logits and P */
+
+#define DSA__TILE_8(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+
+static __inline__ int32_t dsa__i32_at(const unsigned char *p) { int32_t x; memcpy(&x, p, 4); return x; }
+
+/* vdpbf16ps adds both products of a pair in f32, rounds to even, and takes subnormal operands as 0 whatever MXCSR says. */
+#define DSA__MAC_F32(c, a, b)  c = _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), c)
+#define DSA__MAC_BF16(c, a, b) c = _mm512_dpbf16_ps(c, (__m512bh)(a), (__m512bh)(b))
+
+DSA__INLINE DSA__AVX512 void dsa__tile_put_avx512(float *c, uint16_t mask, int logits, __m512 f, __m512 x)
+{
+    x = logits ? _mm512_mul_ps(f, x) : _mm512_fmadd_ps(f, _mm512_maskz_loadu_ps(mask, c), x);
+    _mm512_mask_storeu_ps(c, mask, x);
+}
+
+#define DSA__TILE_BEGIN(i) \
+    const unsigned char *a##i = logits ? a[i] : *a + 4 * i; \
+    __m512 c##i##0 = _mm512_setzero_ps(), c##i##1 = c##i##0, c##i##2 = c##i##0;
+#define DSA__TILE_STEP(i) \
+    k = _mm512_set1_epi32(dsa__i32_at(a##i + at)); \
+    DSA__MAC(c##i##0, k, b0); \
+    if (nv > 1) DSA__MAC(c##i##1, k, b1); \
+    if (nv > 2) DSA__MAC(c##i##2, k, b2);
+#define DSA__TILE_END(i) \
+    if (i < n) { \
+        f = _mm512_set1_ps(logits ? *scale : scale[i]); \
+        dsa__tile_put_avx512(c + i * ldi, nv == 1 ? mask : 0xFFFF, logits, f, c##i##0); \
+        if (nv > 1) dsa__tile_put_avx512(c + i * ldi + ldv, nv == 2 ? mask : 0xFFFF, logits, f, c##i##1); \
+        if (nv > 2) dsa__tile_put_avx512(c + i * ldi + 2 * ldv, mask, logits, f, c##i##2); \
+    }
+#define DSA__TILE_B \
+    __m512i k, b0 = _mm512_loadu_si512(b), b1 = nv > 1 ? _mm512_loadu_si512(b + 64) : b0, b2 = nv > 2 ? _mm512_loadu_si512(b + 128) : b0;
+#define DSA__TILE_LAST(i) DSA__TILE_STEP(i) DSA__TILE_END(i)
+#define DSA__TILE(name, isa) \
+    DSA__INLINE isa void name(const int logits, const int nv, int32_t steps, const unsigned char *const *a, const unsigned char *b, \
+                              const unsigned char *const *ahead, size_t ahead_last, int32_t n, const float *scale, float *c, size_t ldi, uint16_t mask) \
+    { \
+        DSA__TILE_8(DSA__TILE_BEGIN) \
+        const size_t lda = logits ? 4 : 64, end = lda * (size_t)(steps - 1), ldv = logits ? DSA__ROWS * 16 : 16; \
+        size_t at; \
+        __m512 f; \
+        for (at = 0; at < end; ) { \
+            size_t stop = logits && end - at > 64 ? at + 64 : end; \
+            if (logits) { \
+                size_t to = at < ahead_last ? at : ahead_last; \
+                int32_t i; \
+                for (i = 0; i < 8; i++) _mm_prefetch((const char *)ahead[i] + to, _MM_HINT_T1); \
+            } \
+            for (; at < stop; at += lda) { \
+                DSA__TILE_B \
+                DSA__TILE_8(DSA__TILE_STEP) \
+                b += nv * 64; \
+            } \
+        } \
+        { DSA__TILE_B DSA__TILE_8(DSA__TILE_LAST) } \
+    } \
+    static isa void name##_logits(int32_t groups, int32_t steps, const unsigned char *const *a, const unsigned char *b, \
+                                  const unsigned char *const *ahead, size_t ahead_last, int32_t n, float scale, float *x) \
+    { \
+        while (groups > 0) { \
+            int32_t nv = dsa__tile_cut(groups); \
+            if (nv == 3)      name(1, 3, steps, a, b, ahead, ahead_last, n, &scale, x, 16, 0xFFFF); \
+            else if (nv == 2) name(1, 2, steps, a, b, ahead, ahead_last, n, &scale, x, 16, 0xFFFF); \
+            else              name(1, 1, steps, a, b, ahead, ahead_last, n, &scale, x, 16, 0xFFFF); \
+            b += (size_t)nv * (size_t)steps * 64; \
+            x += (size_t)nv * DSA__ROWS * 16; \
+            groups -= nv; \
+            ahead_last = 0; \
+        } \
+    } \
+    DSA__INLINE isa void name##_heads(const int nv, int32_t n_heads, int32_t steps, const float *p, const unsigned char *v, const float *keep, float *out, size_t ldi, uint16_t mask) \
+    { \
+        int32_t h; \
+        for (h = 0; h < n_heads; h += 8) { \
+            const unsigned char *a = (const unsigned char *)p + h % 16 * 4; \
+            name(0, nv, steps, &a, v, NULL, 0, n_heads - h, keep + h, out + (size_t)h * ldi, ldi, mask); \
+            if (h % 16) p += DSA__ROWS * 16; \
+        } \
+    } \
+    static isa void name##_values(int32_t nv, int32_t n_heads, int32_t steps, const float *p, const unsigned char *v, const float *keep, float *out, size_t ldi, uint16_t mask) \
+    { \
+        if (nv == 3)      name##_heads(3, n_heads, steps, p, v, keep, out, ldi, mask); \
+        else if (nv == 2) name##_heads(2, n_heads, steps, p, v, keep, out, ldi, mask); \
+        else              name##_heads(1, n_heads, steps, p, v, keep, out, ldi, mask); \
+    }
+
+/* How many of n vectors the next tile takes: 3, but 4 as 2 + 2, because a tile one wide has too few accumulators to hide latency. */
+static int32_t dsa__tile_cut(int32_t n) { return n == 4 || n == 2 ? 2 : (n < 3 ? n : 3); }
+
+#define DSA__MAC DSA__MAC_F32
+DSA__TILE(dsa__tile_f32_avx512, DSA__AVX512)
+#undef DSA__MAC
+#define DSA__MAC DSA__MAC_BF16
+DSA__TILE(dsa__tile_bf16_avx512, DSA__AVX512_BF16)
+#undef DSA__MAC
+
+/* e^x for x <= 0 within 1.4 ulp (every float was tried), e^0 = 1; 0 below -87, NaN stays NaN. x = n ln 2 / 16 + r, |r| <= ln 2 / 32:
+   e^r by its Taylor polynomial of degree 3 (remainder 1e-8), 2^(n/16) from a table whose bits lack (n % 16) << 19, so that adding n << 19
+   sets the exponent. Of 17 instructions 7 need the multiplier, 3 fewer than with a polynomial of degree 6. */
+DSA__INLINE DSA__AVX512 __m512 dsa__exp_avx512(__m512 x)
+{
+    const __m512i table = _mm512_set_epi32(0x3F7D257D, 0x3F7AC0C7, 0x3F78CCDF, 0x3F7744FD, 0x3F76248C, 0x3F75672A, 0x3F7508A4, 0x3F7504F3,
+                                           0x3F75583F, 0x3F75FED7, 0x3F76F532, 0x3F7837F0, 0x3F79C3D3, 0x3F7B95C2, 0x3F7DAAC3, 0x3F800000);
+    const __m512 round = _mm512_set1_ps(12582912.0f), least = _mm512_set1_ps(-87.0f);         /* 1.5 * 2^23: the sum's low bits are n */
+    __m512 t = _mm512_max_ps(least, x), y, n, r, p, s;                       /* max gives its second operand when one is NaN */
+    __m512i k;
+    y = _mm512_fmadd_ps(t, _mm512_set1_ps(23.0831207f), round);
+    n = _mm512_sub_ps(y, round);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.0433216989f), t);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-1.190408952e-10f), r);
+    p = _mm512_fmadd_ps(r, _mm512_set1_ps(1.0f / 6.0f), _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    k = _mm512_castps_si512(y);
+    s = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_permutexvar_epi32(k, table), _mm512_slli_epi32(k, 19)));
+    return _mm512_maskz_fmadd_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), _mm512_mul_ps(s, r), p, s);
+}
+
+/* Two vectors of 16 f32 as 16 pairs of bf16, x in the low halves. */
+DSA__INLINE DSA__AVX512_BF16 __m512i dsa__pairs_avx512(__m512 x, __m512 y)
+{
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+}
+
+/* Online softmax of n logits of 16 heads, x [n, 16] in place: p as f32 [n, 16], or as bf16 pairs [ceil(n/2), 16] of rows 2j and 2j+1.
+   The sum takes p before its rounding to bf16: summing the rounded p would hide in lse an error of up to 2^-9 that out does not have
+   when v varies. Results of absent heads (mask) go nowhere. */
+#define DSA__SOFTMAX(name, isa, bf16) \
+static isa void name(int32_t n, uint16_t mask, float *x, float *max, float *sum, float *keep) \
+{ \
+    const __m512 none = _mm512_set1_ps(-dsa__infinity()); \
+    __m512 old = _mm512_mask_loadu_ps(none, mask, max), m = old, m1 = old, base, k, p, add = _mm512_setzero_ps(); \
+    int32_t j; \
+    for (j = 0; j + 2 <= n; j += 2) {                    /* a NaN logit is passed over: max gives its second operand */ \
+        m = _mm512_max_ps(_mm512_loadu_ps(x + j * 16), m); \
+        m1 = _mm512_max_ps(_mm512_loadu_ps(x + j * 16 + 16), m1); \
+    } \
+    if (j < n) m = _mm512_max_ps(_mm512_loadu_ps(x + j * 16), m); \
+    m = _mm512_max_ps(m, m1); \
+    /* With nothing but -inf so far, 0 stands for the max: p and keep come out 0 instead of e^(-inf + inf). */ \
+    base = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(m, none, _CMP_NEQ_UQ), m); \
+    k = dsa__exp_avx512(_mm512_sub_ps(old, base)); \
+    for (j = 0; j < n; j++) { \
+        p = dsa__exp_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + j * 16), base)); \
+        add = _mm512_add_ps(add, p); \
+        if (bf16) { \
+            __m512 p1 = _mm512_setzero_ps(); \
+            if (j + 1 < n) { \
+                p1 = dsa__exp_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + j * 16 + 16), base)); \
+                add = _mm512_add_ps(add, p1); \
+            } \
+            p = DSA__PAIRS(p, p1); \
+            _mm512_storeu_ps(x + j++ * 8, p); \
+        } else { \
+            _mm512_storeu_ps(x + j * 16, p); \
+        } \
+    } \
+    _mm512_mask_storeu_ps(sum, mask, _mm512_fmadd_ps(k, _mm512_maskz_loadu_ps(mask, sum), add)); \
+    _mm512_mask_storeu_ps(max, mask, m); \
+    _mm512_storeu_ps(keep, k); \
+}
+#define DSA__PAIRS(x, y) x
+DSA__SOFTMAX(dsa__softmax_f32_avx512, DSA__AVX512, 0)
+#undef DSA__PAIRS
+#define DSA__PAIRS(x, y) _mm512_castsi512_ps(dsa__pairs_avx512(x, y))
+DSA__SOFTMAX(dsa__softmax_bf16_avx512, DSA__AVX512_BF16, 1)
+#undef DSA__PAIRS
+
+DSA__INLINE uint16_t dsa__mask16(int32_t n) { return (uint16_t)(n >= 16 ? 0xFFFF : n > 0 ? (1u << n) - 1u : 0); }
+DSA__INLINE uint32_t dsa__mask32(int32_t n) { return n >= 32 ? 0xFFFFFFFFu : (1u << n) - 1u; }
+
+/* 16 values of a cache row as f32. e4m3 goes through f16: the same 1 + 4 + 3 bits at exponent bias 15 instead of 7, a factor 2^8,
+   subnormals included (as bits of f32 these would cost Intel an assist). */
+DSA__INLINE DSA__AVX512 __m512 dsa__load16_bf16_avx512(const unsigned char *p, int32_t n)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(dsa__mask16(n), p)), 16));
+}
+
+DSA__INLINE DSA__AVX512 __m512 dsa__load16_e4m3_avx512(const unsigned char *p, int32_t n)
+{
+    __m256i w = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(dsa__mask16(n), p)), em = _mm256_and_si256(w, _mm256_set1_epi16(0x7F));
+    __m256i h = _mm256_or_si256(_mm256_slli_epi16(em, 7), _mm256_slli_epi16(_mm256_andnot_si256(_mm256_set1_epi16(0x7F), w), 8));
+    h = _mm256_mask_blend_epi16(_mm256_cmpeq_epi16_mask(em, _mm256_set1_epi16(0x7F)), h, _mm256_set1_epi16(0x7E00));
+    return _mm512_mul_ps(_mm512_cvtph_ps(h), _mm512_set1_ps(256.0f));
+}
+
+/* One cache row as f32, zeros to the end of the last vector. */
+static DSA__AVX512 void dsa__expand_f32_avx512(const dsa__attend_shape *s, const unsigned char *row, float *y)
+{
+    int32_t R = s->dim_latent, r = s->dim_rope, d;
+    if (s->format == DSA_BF16) {
+        for (d = 0; d < R + r; d += 16) _mm512_storeu_ps(y + d, dsa__load16_bf16_avx512(row + 2 * d, R + r - d));
+        return;
+    }
+    for (d = 0; d < R; d += 16) {
+        float scale;
+        memcpy(&scale, row + R + d / 128 * 4, 4);
+        _mm512_storeu_ps(y + d, _mm512_mul_ps(dsa__load16_e4m3_avx512(row + d, R - d), _mm512_set1_ps(scale)));
+    }
+    row += R + (R + 127) / 128 * 4;
+    for (d = 0; d < r; d += 16) _mm512_storeu_ps(y + R + d, dsa__load16_bf16_avx512(row + 2 * d, r - d));
+}
+
+/* The same as bf16. With a scale that is a power of two, as dsa.h writes them, the product is exact and made in integers:
+   e4m3's bits moved to bf16's place, with the exponent's bias and the scale's exponent added; subnormals from a table of 8. */
+static DSA__AVX512_BF16 void dsa__expand_bf16_avx512(const dsa__attend_shape *s, const unsigned char *row, unsigned char *y)
+{
+    /* 0, 1, .. 7 times 2^-9 */
+    const __m512i small = _mm512_castsi128_si512(_mm_set_epi16(0x3C60, 0x3C40, 0x3C20, 0x3C00, 0x3BC0, 0x3B80, 0x3B00, 0));
+    const __m512i low7 = _mm512_set1_epi16(0x7F);
+    int32_t R = s->dim_latent, r = s->dim_rope, n = s->format == DSA_BF16 ? R + r : r, g, d;
+    if (s->format == DSA_FP8) {
+        for (g = 0; g < R; g += 128) {
+            int32_t end = dsa__min32(R, g + 128), e;
+            uint32_t bits;
+            float scale;
+            memcpy(&bits, row + R + g / 32, 4);
+            memcpy(&scale, &bits, 4);
+            e = (int32_t)(bits >> 23) - 127;
+            if ((bits & 0x807FFFFFu) == 0 && e > -100 && e < 100) {
+                const __m512i up = _mm512_set1_epi16((int16_t)(e * 128)), bias = _mm512_set1_epi16((int16_t)((e + 120) * 128));
+                const __m512i table = _mm512_mask_add_epi16(small, 0xFE, small, up);
+                for (d = g; d < end; d += 32) {
+                    __m512i w = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(dsa__mask32(end - d), row + d));
+                    __m512i em = _mm512_and_si512(w, low7), v = _mm512_add_epi16(_mm512_slli_epi16(em, 4), bias);
+                    v = _mm512_mask_permutexvar_epi16(v, _mm512_cmplt_epu16_mask(em, _mm512_set1_epi16(8)), em, table);
+                    v = _mm512_mask_mov_epi16(v, _mm512_cmpeq_epi16_mask(em, low7), _mm512_set1_epi16(0x7FC0));
+                    v = _mm512_or_si512(v, _mm512_slli_epi16(_mm512_andnot_si512(low7, w), 8));
+                    _mm512_storeu_si512(y + 2 * d, v);
+                }
+            } else {
+                for (d = g; d < end; d += 16) {
+                    __m512 x = _mm512_mul_ps(dsa__load16_e4m3_avx512(row + d, end - d), _mm512_set1_ps(scale));
+                    _mm256_storeu_si256((__m256i *)(void *)(y + 2 * d), (__m256i)_mm512_cvtneps_pbh(x));
+                }
+            }
+        }
+        row += R + (R + 127) / 128 * 4;
+        y += 2 * R;
+    }
+    for (d = 0; d < n; d += 32) _mm512_storeu_si512(y + 2 * d, _mm512_maskz_loadu_epi16(dsa__mask32(n - d), row + 2 * d));
+    memset(y + 2 * n, 0, 2);                             /* the last element of an odd row has a partner: 0 */
+}
+
+/* nv vectors of V for n rows from element d on: [n, nv, 16] f32, or [ceil(n/2), nv, 16] bf16 pairs of rows 2j and 2j+1. */
+static DSA__AVX512 void dsa__stage_avx512(int bf16, int32_t n, const unsigned char *const *kv, int32_t d, int32_t dim_v, int32_t nv, unsigned char *v)
+{
+    const __m512i odd = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+    const uint16_t last = dsa__mask16(dim_v - d - 16 * (nv - 1));
+    int32_t j, i;
+    if (!bf16) {
+        for (j = 0; j < n; j++)
+            for (i = 0; i < nv; i++, v += 64)
+                _mm512_storeu_ps((float *)(void *)v, _mm512_maskz_loadu_ps(i + 1 < nv ? 0xFFFF : last, kv[j] + 4 * (d + 16 * i)));
+        return;
+    }
+    for (j = 0; j < n; j += 2) {
+        const unsigned char *even = kv[j] + 2 * d, *next = j + 1 < n ? kv[j + 1] + 2 * d : NULL;
+        for (i = 0; i < nv; i++, v += 64) {
+            uint16_t mask = i + 1 < nv ? 0xFFFF : last;
+            __m512i x = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even + 32 * i));
+            if (next) x = _mm512_mask_permutexvar_epi16(x, 0xAAAAAAAAu, odd, _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, next + 32 * i)));
+            _mm512_storeu_si512(v, x);
+        }
+    }
+}
+
+/* The query's layout: [tiles of nv vectors][steps][nv][16 heads] of 4 bytes: f32, or bf16 of elements 2s and 2s+1. Absent heads are 0. */
+#define DSA__PACK(name, isa, bf16) \
+static isa void name(const dsa__attend_shape *s, const float *q, unsigned char *packed) \
+{ \
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); \
+    int32_t dim = s->dim_latent + s->dim_rope, steps = bf16 ? (dim + 1) / 2 : dim, groups = (s->n_heads + 15) / 16, v, nv = 0, first = 0, at, bit, i; \
+    for (v = 0; v < groups; v++) { \
+        if (v == first + nv) { first = v; nv = dsa__tile_cut(groups - v); } \
+        for (at = 0; at < steps; at += 16) { \
+            __m512i r[16]; \
+            for (i = 0; i < 16; i++) { \
+                int32_t d = bf16 ? 2 * at : at, left = v * 16 + i < s->n_heads ? dim - d : 0; \
+                const float *x = q + (left > 0 ? (int64_t)(v * 16 + i) * dim + d : 0); \
+                r[i] = DSA__PACK_16(x, left); \
+            } \
+            for (bit = 1; bit < 16; bit *= 2) {          /* transpose: swap the bit of the row with the bit of the lane */ \
+                const __m512i bits = _mm512_set1_epi32(bit); \
+                const __mmask16 up = _mm512_test_epi32_mask(lane, bits); \
+                const __m512i lo = _mm512_mask_add_epi32(lane, up, lane, _mm512_set1_epi32(16 - bit)); \
+                const __m512i hi = _mm512_mask_add_epi32(_mm512_add_epi32(lane, bits), up, lane, _mm512_set1_epi32(16)); \
+                for (i = 0; i < 16; i++) { \
+                    __m512i a = r[i], b = r[i | bit]; \
+                    if (i & bit) continue; \
+                    r[i] = _mm512_permutex2var_epi32(a, lo, b); \
+                    r[i | bit] = _mm512_permutex2var_epi32(a, hi, b); \
+                } \
+            } \
+            for (i = 0; i < 16 && at + i < steps; i++) \
+                _mm512_storeu_si512(packed + ((size_t)first * (size_t)steps + (size_t)(at + i) * (size_t)nv + (size_t)(v - first)) * 64, r[i]); \
+        } \
+    } \
+}
+#define DSA__PACK_16(x, n) _mm512_castps_si512(_mm512_maskz_loadu_ps(dsa__mask16(n), x))
+DSA__PACK(dsa__pack_f32_avx512, DSA__AVX512, 0)
+#undef DSA__PACK_16
+#define DSA__PACK_16(x, n) (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(dsa__mask16((n) - 16), (x) + 16), _mm512_maskz_loadu_ps(dsa__mask16(n), x))
+DSA__PACK(dsa__pack_bf16_avx512, DSA__AVX512_BF16, 1)
+#undef DSA__PACK_16
+
+static size_t dsa__attend_row_floats(const dsa__attend_shape *s) { return ((size_t)s->dim_latent + (size_t)s->dim_rope + 47) / 16 * 16; }
+
+static size_t dsa__attend_query_bytes_avx512_(const dsa__attend_shape *s, int bf16)
+{
+    size_t dim = (size_t)s->dim_latent + (size_t)s->dim_rope;
+    return ((size_t)s->n_heads + 15) / 16 * 64 * (bf16 ? (dim + 1) / 2 : dim);
+}
+
+/* Are rows read where they lie? Else they are expanded to what the products take. bf16 pairs must not reach beyond the row. */
+static int dsa__attend_in_place(const dsa__attend_shape *s, int bf16)
+{
+    return s->format == DSA_F32 || (s->format == DSA_BF16 && bf16 && (s->dim_latent + s->dim_rope) % 2 == 0);
+}
+
+static size_t dsa__attend_bytes_avx512_(const dsa__attend_shape *s, int bf16)
+{
+    size_t groups = ((size_t)s->n_heads + 15) / 16, rows = dsa__attend_in_place(s, bf16) ? 0 : dsa__attend_row_floats(s) * 4;
+    return groups * (DSA__ROWS + 1) * 64 + DSA__ROWS * 192 + DSA__ROWS * rows;
+}
+
+static void dsa__attend_avx512_(const dsa__attend_shape *s, const void *packed, int32_t n, int32_t n_ahead, const unsigned char *const *rows,
+                                float *max, float *sum, float *out, void *scratch, int bf16)
+{
+    const int32_t R = s->dim_latent, r = s->dim_rope, groups = (s->n_heads + 15) / 16, in_place = dsa__attend_in_place(s, bf16);
+    const size_t width = dsa__attend_row_floats(s) * (bf16 ? 2 : 4);
+    float *x = (float *)scratch, *keep = x + (size_t)groups * DSA__ROWS * 16;      /* x: logits, then P */
+    unsigned char *v = (unsigned char *)(keep + groups * 16), *expanded = v + DSA__ROWS * 192;
+    const unsigned char *kv[DSA__ROWS];
+    int32_t j, i, nv, d;
+    const unsigned char *a[8], *ahead[8];
+    const size_t row_bytes = (size_t)(s->format == DSA_F32 ? 4 * (R + r) : s->format == DSA_BF16 ? 2 * (R + r) : R + (R + 127) / 128 * 4 + 2 * r);
+    int32_t steps = bf16 ? (R + r + 1) / 2 : R + r;
+    for (j = 0; j < n; j += 8) {
+        for (i = 0; i < 8; i++) {
+            int32_t at = dsa__min32(j + i, n - 1);
+            if (j + i < n) {
+                kv[at] = in_place ? rows[at] : expanded + (size_t)at * width;
+                if (!in_place && bf16) dsa__expand_bf16_avx512(s, rows[at], expanded + (size_t)at * width);
+                if (!in_place && !bf16) dsa__expand_f32_avx512(s, rows[at], (float *)(void *)(expanded + (size_t)at * width));
+            }
+            a[i] = kv[at];
+            ahead[i] = rows[dsa__min32(j + 8 + i, n + n_ahead - 1)];
+        }
+        if (bf16) dsa__tile_bf16_avx512_logits(groups, steps, a, (const unsigned char *)packed, ahead, row_bytes - 1, n - j, s->scale, x + (size_t)j * 16);
+        else      dsa__tile_f32_avx512_logits(groups, steps, a, (const unsigned char *)packed, ahead, row_bytes - 1, n - j, s->scale, x + (size_t)j * 16);
+    }
+    for (i = 0; i < groups; i++) {
+        float *xi = x + (size_t)i * DSA__ROWS * 16;
+        if (bf16) dsa__softmax_bf16_avx512(n, dsa__mask16(s->n_heads - i * 16), xi, max + i * 16, sum + i * 16, keep + i * 16);
+        else      dsa__softmax_f32_avx512(n, dsa__mask16(s->n_heads - i * 16), xi, max + i * 16, sum + i * 16, keep + i * 16);
+    }
+    steps = bf16 ? (n + 1) / 2 : n;
+    for (d = 0; d < s->dim_v; d += nv * 16) {
+        uint16_t mask;
+        nv = dsa__tile_cut((s->dim_v - d + 15) / 16);
+        mask = dsa__mask16(s->dim_v - d - (nv - 1) * 16);
+        dsa__stage_avx512(bf16, n, kv, d, s->dim_v, nv, v);
+        if (bf16) dsa__tile_bf16_avx512_values(nv, s->n_heads, steps, x, v, keep, out + d, (size_t)s->dim_v, mask);
+        else      dsa__tile_f32_avx512_values(nv, s->n_heads, steps, x, v, keep, out + d, (size_t)s->dim_v, mask);
+    }
+}
+
+#define DSA__ATTEND_ENTRIES(SUFFIX, BF16)                                                                                           \
+static size_t dsa__attend_query_bytes_##SUFFIX(const dsa__attend_shape *s) { return dsa__attend_query_bytes_avx512_(s, BF16); }     \
+static size_t dsa__attend_bytes_##SUFFIX(const dsa__attend_shape *s) { return dsa__attend_bytes_avx512_(s, BF16); }                 \
+static void dsa__attend_pack_##SUFFIX(const dsa__attend_shape *s, const float *q, void *packed)                                     \
+{                                                                                                                                   \
+    if (BF16) dsa__pack_bf16_avx512(s, q, (unsigned char *)packed);                                                                 \
+    else      dsa__pack_f32_avx512(s, q, (unsigned char *)packed);                                                                  \
+}                                                                                                                                   \
+static void dsa__attend_##SUFFIX(const dsa__attend_shape *s, const void *packed, int32_t n, int32_t n_ahead,                        \
+                                 const unsigned char *const *rows, float *max, float *sum, float *out, void *scratch)               \
+{                                                                                                                                   \
+    dsa__attend_avx512_(s, packed, n, n_ahead, rows, max, sum, out, scratch, BF16);                                                 \
+}
+DSA__ATTEND_ENTRIES(avx512f, 0)
+DSA__ATTEND_ENTRIES(avx512, !s->exact)
 #if !defined(__clang__)
 #  pragma GCC diagnostic pop
 #endif
@@ -2025,17 +2791,25 @@ static const dsa__kernels dsa__kernels_avx2 = {
 };
 
 static const dsa__kernels dsa__kernels_avx512_base = {
-    DSA_ISA_AVX512_BASE,
-    dsa__ref_query_round, dsa__ref_query_bytes, dsa__ref_query_pack, dsa__ref_score_bytes, dsa__ref_score,
-    dsa__ref_attend_query_bytes, dsa__ref_attend_pack, dsa__ref_attend_bytes, dsa__ref_attend,
+    DSA_ISA_AVX512,
+    dsa__query_round_avx512, dsa__query_bytes_avx512f, dsa__query_pack_avx512f, dsa__score_bytes_avx512f, dsa__score_avx512f,
+    dsa__attend_query_bytes_avx512f, dsa__attend_pack_avx512f, dsa__attend_bytes_avx512f, dsa__attend_avx512f,
+    dsa__ref_dots, dsa__ref_axpys,
+    dsa__filter_avx512, dsa__count_avx512, dsa__keep_avx512
+};
+
+static const dsa__kernels dsa__kernels_avx512_vnni = {
+    DSA_ISA_AVX512,
+    dsa__query_round_avx512, dsa__query_bytes_avx512vnni, dsa__query_pack_avx512vnni, dsa__score_bytes_avx512vnni, dsa__score_avx512vnni,
+    dsa__attend_query_bytes_avx512f, dsa__attend_pack_avx512f, dsa__attend_bytes_avx512f, dsa__attend_avx512f,
     dsa__ref_dots, dsa__ref_axpys,
     dsa__filter_avx512, dsa__count_avx512, dsa__keep_avx512
 };
 
 static const dsa__kernels dsa__kernels_avx512 = {
     DSA_ISA_AVX512,
-    dsa__ref_query_round, dsa__ref_query_bytes, dsa__ref_query_pack, dsa__ref_score_bytes, dsa__ref_score,
-    dsa__ref_attend_query_bytes, dsa__ref_attend_pack, dsa__ref_attend_bytes, dsa__ref_attend,
+    dsa__query_round_avx512, dsa__query_bytes_avx512, dsa__query_pack_avx512, dsa__score_bytes_avx512, dsa__score_avx512,
+    dsa__attend_query_bytes_avx512, dsa__attend_pack_avx512, dsa__attend_bytes_avx512, dsa__attend_avx512,
     dsa__ref_dots, dsa__ref_axpys,
     dsa__filter_avx512, dsa__count_avx512, dsa__keep_avx512
 };
@@ -2044,21 +2818,24 @@ static const dsa__kernels dsa__kernels_avx512 = {
 #ifdef DSA__X86
 /* What the CPU can do and the operating system saves: an instruction set is usable only if its registers survive a task switch,
    which XGETBV tells (2, 4: SSE and AVX; 0xE0: the three parts of AVX-512). */
-enum { DSA__HAS_AVX2 = 1, DSA__HAS_AVX512 = 2, DSA__HAS_AVX512_MORE = 4 };
+enum { DSA__HAS_AVX2 = 1, DSA__HAS_AVX512 = 2, DSA__HAS_VNNI = 4, DSA__HAS_BF16 = 8 };
 
 static int dsa__cpu_features(void)
 {
+    const unsigned need = 1u << 27 | 1u << 28 | 1u << 12 | 1u << 29 | 1u << 23;             /* OSXSAVE, AVX, FMA, F16C, POPCNT */
+    const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;                      /* F, DQ, BW, VL */
     unsigned a, b, c, d, saved, high;
     int has = 0;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
-    if (!(c & (1u << 27)) || !(c & (1u << 28)) || !(c & (1u << 12)) || !(c & (1u << 29))) return 0;     /* OSXSAVE AVX FMA F16C */
+    if ((c & need) != need) return 0;
     __asm__ __volatile__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
     if ((saved & 6u) != 6u || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
     if (b & (1u << 5)) has = DSA__HAS_AVX2;
-    if (has && (saved & 0xE0u) == 0xE0u && (b & (1u << 16)) && (b & (1u << 17)) && (b & (1u << 30)) && (b & (1u << 31))) {
-        has |= DSA__HAS_AVX512;                                                                          /* F DQ BW VL */
-        if ((c & (1u << 1)) && (c & (1u << 11)) && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5)))
-            has |= DSA__HAS_AVX512_MORE;                                                                 /* VBMI VNNI BF16 */
+    if (has && (saved & 0xE0u) == 0xE0u && (b & avx512) == avx512) {
+        has |= DSA__HAS_AVX512;
+        if (c & (1u << 11)) has |= DSA__HAS_VNNI;
+        if ((has & DSA__HAS_VNNI) && (c & (1u << 1)) && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5)))
+            has |= DSA__HAS_BF16;                                                           /* and VBMI */
     }
     return has;
 }
@@ -2069,9 +2846,9 @@ static const dsa__kernels *dsa__kernels_for(dsa_isa isa)
 {
 #ifdef DSA__X86
     int has = dsa__cpu_features();
-    if ((has & DSA__HAS_AVX512_MORE) && (isa == DSA_ISA_AUTO || isa == DSA_ISA_AVX512)) return &dsa__kernels_avx512;
     if ((has & DSA__HAS_AVX512) && isa == DSA_ISA_AVX512_BASE) return &dsa__kernels_avx512_base;
-    if ((has & DSA__HAS_AVX512) && (isa == DSA_ISA_AUTO || isa == DSA_ISA_AVX512)) return &dsa__kernels_avx512_base;
+    if ((has & DSA__HAS_AVX512) && (isa == DSA_ISA_AUTO || isa == DSA_ISA_AVX512))
+        return has & DSA__HAS_BF16 ? &dsa__kernels_avx512 : (has & DSA__HAS_VNNI ? &dsa__kernels_avx512_vnni : &dsa__kernels_avx512_base);
     if ((has & DSA__HAS_AVX2) && (isa == DSA_ISA_AUTO || isa == DSA_ISA_AVX2)) return &dsa__kernels_avx2;
 #endif
     if (isa == DSA_ISA_AUTO || isa == DSA_ISA_SCALAR) return &dsa__kernels_ref;
@@ -2363,7 +3140,11 @@ DSA_API dsa_status dsa_init(dsa_ctx *ctx, const dsa_config *config)
     return DSA_OK;
 }
 
-DSA_API dsa_isa dsa_query_isa(const dsa_ctx *ctx) { return ctx && ctx->kernels ? ctx->kernels->isa : DSA_ISA_AUTO; }
+DSA_API dsa_isa dsa_query_isa(const dsa_ctx *ctx)
+{
+    if (!ctx || !ctx->kernels) return DSA_ISA_AUTO;
+    return ctx->config.isa == DSA_ISA_AUTO ? ctx->kernels->isa : ctx->config.isa;
+}
 
 static dsa_rope dsa__config_yarn(const dsa_ctx *ctx)
 {

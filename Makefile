@@ -13,20 +13,21 @@ BLIS_CFLAGS = $(BLIS_CFLAGS_$(BLIS))
 BLIS_LIBS = $(BLIS_LIBS_$(BLIS))
 
 BUILD = $(CC) $(CFLAGS) $(WARN)
-TOOLS = build/conformance build/generate build/needle build/demo
+TOOLS = build/conformance build/generate build/needle build/demo build/bench
 EXAMPLES = build/01_quick_start build/02_paged_attention build/03_decode_step build/04_layer build/05_sharded_attention
 TEST_OBJECTS = build/impl.o build/main.o build/test_numeric.o build/test_select.o build/test_score.o \
 	build/test_cache.o build/test_attend.o build/test_step.o build/test_layer.o build/test_threads.o \
 	build/test_errors.o build/test_golden.o
 TEST_HEADERS = dsa.h tests/harness.h tests/brute.h tests/fixture.h examples/safetensors.h
 TOOL_HEADERS = dsa.h tools/engine.h tools/needle.h tools/blis.h tools/conformance_kernels.h tools/conformance_model.h \
-	tools/conformance_report.h examples/safetensors.h
+	tools/conformance_report.h tools/bench.h examples/safetensors.h
 
 help:
-	@echo 'make tools        build/conformance build/generate build/needle build/demo'
+	@echo 'make tools        build/conformance build/generate build/needle build/demo build/bench'
 	@echo 'make demo         a trained model finds facts in a long text (under 3 minutes)'
 	@echo 'make test         build and run the test suite (under 5 minutes)'
 	@echo 'make check        compile matrix, sanitizers, qemu, fuzzing, examples, conformance (about 8 minutes)'
+	@echo 'make bench        time the library beside what this machine can do (2 minutes)'
 	@echo 'make examples     build the numbered examples'
 	@echo 'make conformance  compare the library with the reference vectors'
 	@echo 'make clean        remove build/'
@@ -42,6 +43,9 @@ test: build/test
 
 check: build/test build/conformance
 	CC='$(CC)' sh tests/check.sh
+
+bench: build/bench
+	build/bench
 
 examples: $(EXAMPLES)
 
@@ -65,9 +69,9 @@ $(TEST_OBJECTS): build/%.o: tests/%.c $(TEST_HEADERS) build/flags
 	$(BUILD) -c -o $@ $<
 
 $(TOOLS): build/%: tools/%.c $(TOOL_HEADERS) build/flags
-	$(BUILD) $(BLIS_CFLAGS) -o $@ $< $(BLIS_LIBS) $(LIBS)
+	$(BUILD) $(BLIS_CFLAGS) -DDSA_BUILD='"$(BUILD)"' -o $@ $< $(BLIS_LIBS) $(LIBS)
 
 $(EXAMPLES): build/%: examples/%.c dsa.h examples/safetensors.h build/flags
 	$(BUILD) -o $@ $< $(LIBS)
 
-.PHONY: help tools demo test check examples conformance clean always
+.PHONY: help tools demo test check bench examples conformance clean always

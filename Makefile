@@ -28,6 +28,8 @@ help:
 	@echo 'make test         build and run the test suite (under 5 minutes)'
 	@echo 'make check        compile matrix, sanitizers, qemu, fuzzing, examples, conformance (about 8 minutes)'
 	@echo 'make bench        time the library beside what this machine can do (2 minutes)'
+	@echo 'make bench-sweep  one layer from 1K to 1M tokens, dense beside DSA: build/sweep.csv, build/sweep.png'
+	@echo 'make bench-peers  the same work by the GEMMs of oneDNN, OpenBLAS and BLIS, where they are installed'
 	@echo 'make examples     build the numbered examples'
 	@echo 'make conformance  compare the library with the reference vectors'
 	@echo 'make clean        remove build/'
@@ -46,6 +48,14 @@ check: build/test build/conformance
 
 bench: build/bench
 	build/bench
+
+bench-sweep: build/bench
+	build/bench --sweep build/sweep.csv
+	python3 tools/plot.py build/sweep.csv build/sweep.png
+
+bench-peers:
+	CC='$(CC)' CFLAGS='$(CFLAGS)' sh tools/bench_peers.sh '$(WARN)'
+	build/bench_peers
 
 examples: $(EXAMPLES)
 
@@ -74,4 +84,4 @@ $(TOOLS): build/%: tools/%.c $(TOOL_HEADERS) build/flags
 $(EXAMPLES): build/%: examples/%.c dsa.h examples/safetensors.h build/flags
 	$(BUILD) -o $@ $< $(LIBS)
 
-.PHONY: help tools demo test check bench examples conformance clean always
+.PHONY: help tools demo test check bench bench-sweep bench-peers examples conformance clean always

@@ -394,13 +394,17 @@ static void start_attend(bench *b, void *state)
     must(&b->ctx, dsa_attend_workspace(&b->ctx, &s->args, &s->sum, &s->args.workspace_size), "dsa_attend_workspace");
     s->args.workspace = workspace(b, s->args.workspace_size);
 }
-static void run_attend(bench *b, void *state, int64_t turn)
+static void attend_turn(attend_state *s, int64_t turn)
 {
-    attend_state *s = (attend_state *)state;
     int64_t first = turn * s->p.queries;
     s->seq.latent = &s->latents->copy[(s->lists ? first / s->n_lists : turn) % s->latents->n];
     for (int64_t i = 0; s->lists && i < s->p.queries; i++)   /* the next lists, around the end; warm, as a selection leaves them */
         memcpy(s->indices + i * s->k, s->lists + (first + i) % s->n_lists * s->k, (size_t)s->k * sizeof *s->lists);
+}
+static void run_attend(bench *b, void *state, int64_t turn)
+{
+    attend_state *s = (attend_state *)state;
+    attend_turn(s, turn);
     must(&b->ctx, dsa_attend_begin(&b->ctx, &s->sum), "dsa_attend_begin");
     must(&b->ctx, dsa_attend_add(&b->ctx, &s->args, &s->sum), "dsa_attend_add");
     must(&b->ctx, dsa_attend_finish(&b->ctx, &s->sum, NULL, s->sum.out, NULL, NULL), "dsa_attend_finish");
@@ -601,13 +605,15 @@ static void sweep(bench *b)
     layer_data *l = (layer_data *)take(1, sizeof *l);
     double limit = b->seconds > 0 ? b->seconds : 20, last[2] = { 0, 0 };   /* of dense, by phase */
     int64_t chunk = b->queries.n ? b->queries.x[0] : DSA_LAYER_TILE, end = b->contexts.n ? b->contexts.x[b->contexts.n - 1] : 1 << 20;
+    char cpu[192];
     FILE *f = fopen(b->sweep, "w");
     if (!f) die(2, "cannot write ", b->sweep);
     for (int i = 0; i < 4; i++) if (b->formats && in_list(b->formats, format_names[i])) format = (dsa_type)i;
     set_threads(b, b->threads.x[b->threads.n - 1]);
     layer_make(&b->ctx, format, b->page, end, b->huge, l);
-    fprintf(f, "# one layer of DeepSeek-V3.2, %s weights and caches, isa %s, %ld thread(s), cold rows, median ms of a call\n", format_names[format],
-            dsa_isa_name(dsa_query_isa(&b->ctx)), (long)b->m.threads);
+    cpu_name(cpu, sizeof cpu);
+    fprintf(f, "# one layer of DeepSeek-V3.2, %s weights and caches, median ms of a call with cold rows; %s, %ld thread%s, isa %s\n", format_names[format],
+            cpu, (long)b->m.threads, b->m.threads > 1 ? "s" : "", dsa_isa_name(dsa_query_isa(&b->ctx)));
     fprintf(f, "phase,mode,context,queries,ms,note\n");
     for (int64_t context = 1024; context <= end; context *= 2)
         for (int i = 0; i < 4; i++) {
@@ -715,6 +721,13 @@ static int parse_numbers(const char *text, int64_t most, numbers *out)   /* "64K
     return out->n > 0 ? 0 : -1;
 }
 
+static int parse_isa(const char *text, dsa_isa *isa)
+{
+    for (int i = DSA_ISA_AUTO; i <= DSA_ISA_NEON; i++)
+        if (strcmp(dsa_isa_name((dsa_isa)i), text) == 0) { *isa = (dsa_isa)i; return 0; }
+    return -1;
+}
+
 /* Every name of the list is one of the n known ones. */
 static int known(const char *list, const char *const *names, size_t n)
 {
@@ -754,12 +767,8 @@ int BENCH_MAIN(int argc, char **argv)
         else if (strcmp(o, "--page") == 0) { bad = parse_numbers(v, 1 << 20, &one) != 0 || one.n != 1; b.page = bad ? 0 : (int32_t)one.x[0]; }
         else if (strcmp(o, "--seconds") == 0) { bad = parse_numbers(v, 3600, &one) != 0 || one.n != 1; b.seconds = bad ? 0 : (double)one.x[0]; }
         else if (strcmp(o, "--sweep") == 0) b.sweep = v;
-        else if (strcmp(o, "--isa") == 0) {
-            int isa = DSA_ISA_AUTO;
-            while (isa <= DSA_ISA_NEON && strcmp(dsa_isa_name((dsa_isa)isa), v) != 0) isa++;
-            bad = isa > DSA_ISA_NEON;
-            b.isa = bad ? DSA_ISA_AUTO : (dsa_isa)isa;
-        } else return usage("unknown option: ", o);
+        else if (strcmp(o, "--isa") == 0) bad = parse_isa(v, &b.isa) != 0;
+        else return usage("unknown option: ", o);
         if (bad) return usage("no such value, or out of range: ", v);
     }
     if (b.threads.n == 0) {

@@ -440,25 +440,34 @@ static inline long huge_megabytes(void)   /* of this process, as Linux tells; -1
     return kilobytes / 1024;
 }
 
+static inline void cpu_name(char *text, size_t size)   /* "AMD EPYC, family 25, model 17" */
+{
+    char line[256], name[128] = "unknown CPU";
+    int family = 0, model = 0;
+    FILE *f = fopen("/proc/cpuinfo", "r");
+    while (f && fgets(line, sizeof line, f)) {
+        char *value = strchr(line, ':');
+        if (!value && family) break;                         /* the first processor only */
+        if (!value || value[1] == 0) continue;
+        if (strncmp(line, "model name", 10) == 0) snprintf(name, sizeof name, "%.*s", (int)strcspn(value + 2, "\n"), value + 2);
+        else if (strncmp(line, "cpu family", 10) == 0) family = atoi(value + 2);
+        else if (strncmp(line, "model", 5) == 0) model = atoi(value + 2);
+    }
+    if (f) fclose(f);
+    if (family) snprintf(text, size, "%s, family %d, model %d", name, family, model);
+    else snprintf(text, size, "%s", name);
+}
+
 static inline void print_machine(FILE *f, const char *program)
 {
-    char line[256], model[128] = "unknown CPU", date[32] = "";
-    int family = 0, number = 0;
+    char name[192], date[32] = "";
     time_t t = time(NULL);
-    FILE *info = fopen("/proc/cpuinfo", "r");
-    while (info && fgets(line, sizeof line, info)) {
-        char *value = strchr(line, ':');
-        if (!value) { if (family) break; else continue; }
-        if (strncmp(line, "model name", 10) == 0) snprintf(model, sizeof model, "%.*s", (int)strcspn(value + 2, "\n"), value + 2);
-        else if (strncmp(line, "cpu family", 10) == 0) family = atoi(value + 2);
-        else if (strncmp(line, "model", 5) == 0) number = atoi(value + 2);
-    }
-    if (info) fclose(info);
+    dsa_isa isa = widest_isa();
+    cpu_name(name, sizeof name);
     strftime(date, sizeof date, "%Y-%m-%d %H:%M UTC", gmtime(&t));
     fprintf(f, "%s, dsa.h %s, %s\n", program, DSA_VERSION_STRING, date);
-    fprintf(f, "CPU       %s, family %d, model %d; %ld online; f32 by %s%s%s\n", model, family, number, sysconf(_SC_NPROCESSORS_ONLN),
-            dsa_isa_name(widest_isa()), arithmetic_of(UNIT_BF16, widest_isa()).run ? ", bf16 unit" : "",
-            arithmetic_of(UNIT_INT8, widest_isa()).run ? ", int8 unit" : "");
+    fprintf(f, "CPU       %s; %ld online; %s%s%s\n", name, sysconf(_SC_NPROCESSORS_ONLN), dsa_isa_name(isa),
+            arithmetic_of(UNIT_BF16, isa).run ? ", bf16 unit" : "", arithmetic_of(UNIT_INT8, isa).run ? ", int8 unit" : "");
     fprintf(f, "compiler  %s: %s\n", BENCH_COMPILER, DSA_BUILD);
     if (huge_megabytes() == 0) fprintf(f, "note      this system grants no huge pages (/sys/kernel/mm/transparent_hugepage/enabled)\n");
 }

@@ -239,8 +239,16 @@ static void check_score(bench *b, void *state)
 {
     score_state *s = (score_state *)state;
     for (int64_t i = 0; i < s->p.queries; i = next_checked(&s->p, i))
-        check_selection(&b->ctx, "score_select", s->seq.index, s->args.q + i * HI * D, s->args.w + i * HI, s->out.indices + i * TOP_K,
+        check_selection(&b->ctx, "score_select", s->seq.index, s->args.q + i * HI * D, s->args.w + i * HI, s->out.indices + i * TOP_K, NULL,
                         s->p.context - s->p.queries + 1 + i, 0);
+    if (s->p.queries > 1) return;
+    s->out.scores = (float *)take(TOP_K, sizeof(float));     /* once more, to see the scores */
+    start_score(b, s);
+    run_score(b, s, 0);
+    check_selection(&b->ctx, "score_select", s->seq.index, s->args.q, s->args.w, s->out.indices, s->out.scores, s->p.context, 0);
+    free(s->out.scores);
+    s->out.scores = NULL;
+    start_score(b, s);
 }
 
 /* The share of the list that the unrounded keys would have chosen, too. One query. */
@@ -495,7 +503,7 @@ static void check_step(bench *b, void *state)
     for (int64_t i = 0; i < s->p.queries; i = next_checked(&s->p, i)) {
         int64_t visible = s->p.context - s->p.queries + 1 + i;
         const int32_t *list = s->args.indices + i * TOP_K;
-        check_selection(&b->ctx, "dsa_step", s->seq.index, s->args.index_q + i * HI * D, s->args.index_w + i * HI, list, visible, 0);
+        check_selection(&b->ctx, "dsa_step", s->seq.index, s->args.index_q + i * HI * D, s->args.index_w + i * HI, list, NULL, visible, 0);
         check_attention(&b->ctx, "dsa_step", s->seq.latent, s->args.q + i * H * WIDTH, list, visible < TOP_K ? visible : TOP_K, s->args.out + i * H * R);
     }
 }

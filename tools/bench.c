@@ -36,6 +36,7 @@ static const char help[] =
     "  --help\n"
     "\n"
     "ms is the median of a call's times, ratio is ms to floor, recall the share of the 2048 chosen that unrounded keys choose, too.\n"
+    "A line with BUSY was measured while other processes took processors from this one: repeat it.\n"
     "Exit status: 0 success, 1 a check failed, 2 bad usage or bad input.\n";
 
 enum { COLD = 96 << 20,            /* bytes that pass between two uses of a row: three times the L3 that a core sees on large servers */
@@ -100,7 +101,7 @@ typedef struct call {
     params p;
     double flops[UNIT_READ];        /* by the unit that multiplies */
     double bytes;
-    char note[32];
+    char note[48];
     void *state;
     void (*start)(bench *b, void *state);
     void (*run)(bench *b, void *state, int64_t turn);
@@ -138,7 +139,7 @@ static void print_peaks(const bench *b, machine *m, int all)
 
 /* Samples a call between looks at the peaks that its floor is made of, and prints the line. `first` are the seconds of the call that was
    checked: where there is no time for more, that is the sample. */
-static void measure(bench *b, const call *c, double first)
+static void measure(bench *b, call *c, double first)
 {
     static double samples[MAX_SAMPLES];
     double peak[N_UNITS] = { 0 }, floor_s = 0, left, share;
@@ -146,6 +147,7 @@ static void measure(bench *b, const call *c, double first)
     int rounds;
     b->spent += now() - b->last;
     b->done++;
+    b->m.cpu = b->m.wall = 0;
     left = b->deadline - now();
     share = left / (double)(b->lines - b->done + 1) - b->spent / (double)b->done - 0.3;   /* what others cost without samples, and peaks */
     rounds = share > ROUNDS * first ? ROUNDS : share > first ? 1 : 0;
@@ -162,16 +164,25 @@ static void measure(bench *b, const call *c, double first)
     }
     for (int u = 0; u < UNIT_READ; u++) if (c->flops[u] > 0) floor_s += c->flops[u] / peak[u];
     floor_s = fmax(floor_s, c->bytes / peak[UNIT_READ]);
+    if (b->m.cpu < 0.9 * b->m.wall) {                        /* say it: peaks and samples may then have met different machines */
+        double share = 100 * b->m.cpu / b->m.wall;
+        size_t used = strlen(c->note);
+        snprintf(c->note + used, sizeof c->note - used, "  BUSY: had %.0f %% of its CPUs", share);
+        if (b->json) fprintf(stderr, "bench: BUSY: the next line had %.0f %% of its CPUs\n", share);
+    }
     print_line(b, c, format_names[c->p.format], dsa_query_isa(&b->ctx), 1e3 * (n > 0 ? median(samples, n) : first), 1e3 * floor_s);
     b->last = now();
 }
 
 /* A case's lines, one for each number of threads. */
-static void time_call(bench *b, const call *c)
+static void time_call(bench *b, call *c)
 {
+    char note[sizeof c->note];
+    memcpy(note, c->note, sizeof note);
     for (int32_t t = 0; t < b->threads.n; t++) {
         double first;
         set_threads(b, b->threads.x[t]);
+        memcpy(c->note, note, sizeof note);
         c->start(b, c->state);
         first = now();
         c->run(b, c->state, 0);

@@ -37,6 +37,13 @@ static inline double now(void)   /* seconds */
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+static inline double cpu_seconds(void)   /* of all threads of this process */
+{
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
 static inline int by_value(const void *a, const void *b)
 {
     double x = *(const double *)a, y = *(const double *)b;
@@ -318,6 +325,7 @@ typedef struct machine {
     int32_t threads;                /* of the pool; 1: none */
     unsigned char *stream, *table;  /* PEAK_MEMORY each; stream has huge pages, table those that the caches have */
     uint64_t turn;
+    double cpu, wall;               /* seconds that peak_measure got and wanted, of all threads: fewer mean that others use the machine */
     volatile double sink[256];      /* per thread, so that nothing measured is dead code */
 } machine;
 
@@ -406,8 +414,11 @@ static inline double peak_measure(machine *m, unit u, dsa_isa isa, double *work)
 {
     burst b = { m, u, arithmetic_of(u, isa), 1 << 20 };
     double amount = u == UNIT_READ ? PEAK_BURST : u == UNIT_GATHER ? (double)GATHER_ROWS * GATHER_ROW : b.a.ops * (double)b.n, best = 0;
+    double wanted = fmin(m->threads, (double)sysconf(_SC_NPROCESSORS_ONLN));
     if (u < UNIT_READ && !b.a.run) return 0;
     amount *= m->threads;
+    m->cpu -= cpu_seconds();
+    m->wall -= now() * wanted;
     for (int i = 0; i < BURSTS; i++) {
         double start = now();
         m->turn++;
@@ -415,6 +426,8 @@ static inline double peak_measure(machine *m, unit u, dsa_isa isa, double *work)
         else burst_task(&b, 0);
         best = fmax(best, amount / (now() - start));
     }
+    m->cpu += cpu_seconds();
+    m->wall += now() * wanted;
     if (work) *work = amount;
     return best;
 }

@@ -269,12 +269,13 @@ __attribute__((target("arch=armv8.2-a+bf16"))) static inline double ops_bf16_neo
 #  endif
 #endif
 
-typedef struct arithmetic { double (*run)(int64_t n, float x); double ops; } arithmetic;   /* ops: of one round of the loop */
+/* ops: of one round of the loop; n: rounds that take some 4 ms, so that waking the threads does not count */
+typedef struct arithmetic { double (*run)(int64_t n, float x); double ops; int64_t n; } arithmetic;
 
 /* What the ISA's unit is measured with; run is NULL where the CPU, the ISA or this build has none. A multiply-add is two ops. */
 static inline arithmetic arithmetic_of(unit u, dsa_isa isa)
 {
-    arithmetic a = { NULL, 0 };
+    arithmetic a = { NULL, 0, 3 << 20 };
     if (isa == DSA_ISA_SCALAR && u == UNIT_F32) { a.run = ops_f32_scalar; a.ops = 12 * 4 * 2; }
 #if defined(__x86_64__)
     if (isa == DSA_ISA_AVX2 && u == UNIT_F32 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
@@ -282,6 +283,7 @@ static inline arithmetic arithmetic_of(unit u, dsa_isa isa)
         a.ops = 12 * 8 * 2;
     }
     if (isa == DSA_ISA_AVX512 && __builtin_cpu_supports("avx512f")) {
+        a.n = 1 << 20;
         if (u == UNIT_F32) { a.run = ops_f32_avx512; a.ops = 16 * 16 * 2; }
         if (u == UNIT_BF16 && __builtin_cpu_supports("avx512bf16")) { a.run = ops_bf16_avx512; a.ops = 16 * 32 * 2; }
         if (u == UNIT_INT8 && __builtin_cpu_supports("avx512vnni")) { a.run = ops_int8_avx512; a.ops = 16 * 64 * 2; }
@@ -315,9 +317,9 @@ static inline unit unit_of(dsa_type format, dsa_isa isa)
 
 /* ---- peaks: memory, and measuring ---------------------------------------------------------------------------------------------- */
 enum { PEAK_MEMORY = 256 << 20,     /* bytes, far beyond any cache it may find in L3 */
-       PEAK_BURST = 32 << 20,       /* bytes per thread and burst */
+       PEAK_BURST = 64 << 20,       /* bytes per thread and burst */
        GATHER_ROW = 1152,           /* a bf16 latent row of V3.2 */
-       GATHER_ROWS = 8192,          /* per thread and burst */
+       GATHER_ROWS = 32768,         /* per thread and burst */
        BURSTS = 8 };
 
 typedef struct machine {
@@ -387,7 +389,7 @@ static inline line_vector gather_rows(const unsigned char *table, uint64_t seed,
     return sum;
 }
 
-typedef struct burst { machine *m; unit u; arithmetic a; int64_t n; } burst;
+typedef struct burst { machine *m; unit u; arithmetic a; } burst;
 
 static inline void burst_task(void *arg, int32_t task)
 {
@@ -395,7 +397,7 @@ static inline void burst_task(void *arg, int32_t task)
     machine *m = b->m;
     line_vector sum = { 0, 0 };
     if (b->a.run) {
-        m->sink[task & 255] = b->a.run(b->n, 0.5f + 1e-3f * (float)task);
+        m->sink[task & 255] = b->a.run(b->a.n, 0.5f + 1e-3f * (float)task);
         return;
     }
     if (b->u == UNIT_READ) {
@@ -412,8 +414,8 @@ static inline void burst_task(void *arg, int32_t task)
    (Cases are medians: they stand for a typical call.) work, optional: ops or bytes of one burst. */
 static inline double peak_measure(machine *m, unit u, dsa_isa isa, double *work)
 {
-    burst b = { m, u, arithmetic_of(u, isa), 1 << 20 };
-    double amount = u == UNIT_READ ? PEAK_BURST : u == UNIT_GATHER ? (double)GATHER_ROWS * GATHER_ROW : b.a.ops * (double)b.n, best = 0;
+    burst b = { m, u, arithmetic_of(u, isa) };
+    double amount = u == UNIT_READ ? PEAK_BURST : u == UNIT_GATHER ? (double)GATHER_ROWS * GATHER_ROW : b.a.ops * (double)b.a.n, best = 0;
     double wanted = fmin(m->threads, (double)sysconf(_SC_NPROCESSORS_ONLN));
     if (u < UNIT_READ && !b.a.run) return 0;
     amount *= m->threads;

@@ -165,10 +165,10 @@ static void measure(bench *b, call *c, double first)
     for (int u = 0; u < UNIT_READ; u++) if (c->flops[u] > 0) floor_s += c->flops[u] / peak[u];
     floor_s = fmax(floor_s, c->bytes / peak[UNIT_READ]);
     if (b->m.cpu < 0.9 * b->m.wall) {                        /* say it: peaks and samples may then have met different machines */
-        double share = 100 * b->m.cpu / b->m.wall;
+        double got = 100 * b->m.cpu / b->m.wall;
         size_t used = strlen(c->note);
-        snprintf(c->note + used, sizeof c->note - used, "  BUSY: had %.0f %% of its CPUs", share);
-        if (b->json) fprintf(stderr, "bench: BUSY: the next line had %.0f %% of its CPUs\n", share);
+        snprintf(c->note + used, sizeof c->note - used, "  BUSY: had %.0f %% of its CPUs", got);
+        if (b->json) fprintf(stderr, "bench: BUSY: the next line had %.0f %% of its CPUs\n", got);
     }
     print_line(b, c, format_names[c->p.format], dsa_query_isa(&b->ctx), 1e3 * (n > 0 ? median(samples, n) : first), 1e3 * floor_s);
     b->last = now();

@@ -417,7 +417,7 @@ typedef void (*dsa_task)(void *arg, int32_t i);
 typedef void (*dsa_parallel_for)(void *user, int32_t n_tasks, dsa_task task, void *arg);
 
 /* C[m, n] = A[m, k] . B[n, k]^T, f32, row-major, leading dimensions in elements. For the layer's dense
-   projections only; must be exact to f32 rounding. See examples/ and tools/ for BLIS. */
+   projections only: it may sum in any order, in f32 or better. Called from the caller's thread. tools/blis.h: BLIS. */
 typedef void (*dsa_gemm)(void *user, int64_t m, int64_t n, int64_t k,
                          const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc);
 
@@ -441,7 +441,7 @@ typedef struct dsa_rope {
 } dsa_rope;
 
 /* ---- config ------------------------------------------------------------------------------- */
-/* Zero everywhere = DeepSeek-V3.2 on one thread. dsa_config_preset() fills the model part explicitly. */
+/* Zero everywhere: DeepSeek-V3.2's shapes, plain RoPE, one thread. For a real model start from dsa_config_preset(). */
 typedef struct dsa_config {
     /* shapes of the mechanism */
     int32_t n_heads;             /* H    query heads                                   0 = 128 */
@@ -489,7 +489,7 @@ struct dsa__kernels;
 /* A context: the resolved config and the kernel table. Plain data in the caller's memory: nothing to free,
    may be copied, read-only for every call and therefore shared by threads. */
 typedef struct dsa_ctx {
-    dsa_config config;           /* resolved: no zeros left where a default exists */
+    dsa_config config;           /* resolved: defaults filled in, DSA_NONE has become 0; not to be given to dsa_init again */
     const struct dsa__kernels *kernels;
 } dsa_ctx;
 
@@ -518,7 +518,7 @@ DSA_API uint16_t dsa_f32_to_f16(float x);         /* round to nearest even; over
 DSA_API float    dsa_e4m3_to_f32(uint8_t x);      /* 0x7F, 0xFF: NaN */
 DSA_API uint8_t  dsa_f32_to_e4m3(float x);        /* round to nearest even, saturates at 448 (inf too); NaN: 0x7F with its sign */
 DSA_API float    dsa_ue8m0_to_f32(uint8_t x);     /* 2^(x-127); 0 is 2^-127, 255 is NaN */
-DSA_API uint8_t  dsa_f32_to_ue8m0_ceil(float x);  /* least b with 2^(b-127) >= x, for x > 0 */
+DSA_API uint8_t  dsa_f32_to_ue8m0_ceil(float x);  /* least b with 2^(b-127) >= x, for x > 0; at most 254 */
 /* Smallest power of two >= x, for finite x > 0 (spec 3.4). */
 DSA_API float    dsa_pow2_ceil(float x);
 /* One row of n values to e4m3 / int8; returns the f32 scale, x ~ scale * y.
@@ -547,8 +547,8 @@ typedef struct dsa_cache_desc {
     int32_t dim;                 /* R or D                                    0 = from the config */
     int32_t dim_rope;            /* latent only: r                            0 = from the config, DSA_NONE = 0 */
     dsa_hadamard hadamard;       /* index keys only                           0 = the config's, which may be AUTO */
-    dsa_device device;
-    int64_t capacity;            /* rows, 1 .. 2^31 - 1 */
+    dsa_device device;           /* CPU, or AUTO = CPU in this version; CUDA: ERR_NO_DEVICE */
+    int64_t capacity;            /* rows, 1 .. 2^31 - 1; a view reads it only where page_size is 0 */
     int32_t page_size;           /* rows per page                             0 = one page of `capacity` rows */
 } dsa_cache_desc;
 
@@ -556,7 +556,7 @@ typedef struct dsa_cache_desc {
    hand to lay a view over memory that the library does not know (then call dsa_cache_check once).
 
    Row i lives in page p = block_table[i / page_size] (p = i / page_size without a table), at offset o = i % page_size:
-     F32, BF16, FP8 latents  data + p * page_stride + o * row_stride
+     F32, BF16; FP8 latents  data + p * page_stride + o * row_stride
      FP8, INT8 index keys    data + p * page_stride + o * dim,  its f32 scale at
                              scales + p * scale_page_stride + o * 4  (scales NULL: behind the page's data, at
                              data + p * page_stride + page_size * dim + o * 4: DeepGEMM's planar page) */
@@ -564,10 +564,10 @@ typedef struct dsa_cache {
     dsa_kind kind;
     dsa_type format;
     int32_t dim, dim_rope;       /* resolved: dim_rope >= 0 here */
-    int32_t hadamard;            /* 1: rows are Hadamard-rotated (append rotates them, score rotates the queries) */
+    int32_t hadamard;            /* 0 or 1 (not the enum). 1: rows are Hadamard-rotated (append rotates them, score rotates the queries) */
     int32_t page_size;           /* rows per page, >= 1 */
     int64_t n_pages;             /* pages in the pool `data` points to */
-    int64_t n_blocks;            /* entries of block_table; pages of this sequence */
+    int64_t n_blocks;            /* entries of block_table; those beyond the rows in use are not read */
     const int32_t *block_table;  /* NULL: block b is page b */
     void *data;
     void *scales;
@@ -631,7 +631,7 @@ typedef struct dsa_score_args {
     const dsa_seq *seqs;         /* index caches: one format, one set of dims, one Hadamard flag */
     const float *q;              /* [rows, HI, D]  after RoPE, before Hadamard and rounding */
     const float *w;              /* [rows, HI]     with HI^-0.5 D^-0.5 already in; may be negative */
-    const int64_t *ks, *ke;      /* optional [rows]: half-open key range, clamped to [0, len]; both or neither */
+    const int64_t *ks, *ke;      /* optional [rows]: half-open key range instead of the visible rows, clamped to [0, len]; both or neither */
     int32_t n_index_heads;       /* 0 = the config's */
     void *workspace;             /* any alignment */
     size_t workspace_size;
@@ -726,7 +726,7 @@ DSA_API dsa_status dsa_attend_finish(const dsa_ctx *ctx, const dsa_attend_state 
                                      float *out, float *lse, float *max_logit);
 /* Keeps the state as a partial: out normalised, no sink, lse natural, -inf where empty. */
 DSA_API dsa_status dsa_attend_partial(const dsa_ctx *ctx, const dsa_attend_state *state, float *out, float *lse);
-/* Merges n_parts partials, in this order, exactly: out = Sum_p e^(lse_p - L) out_p, L = ln Sum_p e^lse_p. Sinks as in finish.
+/* Merges n_parts partials (not results of finish: their empty rows have lse +inf), in this order, up to f32 rounding: out = Sum_p e^(lse_p - L) out_p, L = ln Sum_p e^lse_p. Sinks as in finish.
    outs[p] [n_rows, n_heads, dim_v], lses[p] [n_rows, n_heads]. lse (optional) is +inf where everything was empty. */
 DSA_API dsa_status dsa_attend_merge(const dsa_ctx *ctx, int32_t n_parts, const float *const *outs, const float *const *lses,
                                     int64_t n_rows, int32_t n_heads, int32_t dim_v, const float *sinks, float *out, float *lse);
@@ -745,7 +745,7 @@ typedef struct dsa_step_args {
     int32_t top_k;               /* 0 = the config's */
     float *out;                  /* [rows, H, R] */
     float *lse;                  /* optional [rows, H] */
-    int32_t *indices;            /* optional [rows, k]: what was selected, ascending */
+    int32_t *indices;            /* optional [rows, k]: what was selected, ascending; NULL: in the workspace, so say which in the size query */
     void *workspace;
     size_t workspace_size;
 } dsa_step_args;
@@ -761,7 +761,8 @@ typedef struct dsa_tensor {
     const float *scale_inv;      /* FP8 only */
 } dsa_tensor;
 
-/* Hugging Face names in the comments. The indexer's five are NULL in layers that share another layer's list. */
+/* Hugging Face names in the comments. The memory must outlive the call. index_k.data == NULL: a layer without indexer, which
+   shares another layer's list; else all five index weights are needed. */
 typedef struct dsa_layer_weights {
     dsa_tensor q_a;              /* q_a_proj            [q_lora, hidden] */
     dsa_tensor q_a_norm;         /* q_a_layernorm       [q_lora] */
@@ -849,6 +850,9 @@ DSA_API void       dsa_pool_run(void *pool, int32_t n_tasks, dsa_task task, void
 #  define DSA_ASSERT(x) ((void)0)      /* internal invariants only; arguments are checked with or without it */
 #endif
 
+#ifdef __FAST_MATH__
+#  error "dsa.h needs IEEE arithmetic: -ffast-math takes away NaN and exact rounding"
+#endif
 /* "Same inputs, same bits" needs every product rounded where the text rounds it: no a*b+c contraction behind our back. Nobody here
    looks at floating-point exception flags; minding them would keep gcc from turning a ? b : c into vector code. */
 #if defined(__clang__)
@@ -1237,9 +1241,11 @@ static double dsa__rope_frequency(const dsa_rope *rope, int32_t i)
     return base * (1.0 - ramp) + base / rope->factor * ramp;
 }
 
+/* 0 in a parameter means its default. */
 static int dsa__rope_valid(const dsa_rope *rope)
 {
-    return rope->width >= 0 && rope->width % 2 == 0 && rope->offset >= 0 &&
+    return (rope->theta == 0.0 || rope->theta > 1.0) && rope->factor >= 0.0 && rope->original_context >= 0.0 &&
+           rope->beta_fast >= 0.0 && rope->beta_slow >= 0.0 && rope->width >= 0 && rope->width % 2 == 0 && rope->offset >= 0 &&
            (rope->layout == DSA_ROPE_INTERLEAVED || rope->layout == DSA_ROPE_HALF);
 }
 
@@ -2955,6 +2961,7 @@ DSA_API dsa_status dsa_pool_create(const dsa_allocator *allocator, int32_t n_thr
     int32_t i;
     if (!pool) return DSA_ERR_NULL;
     if (n_threads < 1 || n_threads > 4096) return DSA_ERR_ARGUMENT;
+    if (allocator && (allocator->alloc == NULL) != (allocator->release == NULL)) return DSA_ERR_NULL;
     if (!a.alloc) return DSA_ERR_UNSUPPORTED;
     p = (dsa_pool *)a.alloc(a.user, sizeof *p + (size_t)n_threads * sizeof *p->workers);
     if (!p) return DSA_ERR_MEMORY;
@@ -3329,6 +3336,8 @@ static dsa_status dsa__cache_check(const dsa_ctx *ctx, const dsa_cache *c, dsa_k
     if (st != DSA_OK) return dsa__fail(ctx, st, "cache: this kind cannot have this format or these dims");
     if (kind == DSA_INDEX_KEY && c->dim > DSA_MAX_DIM_INDEX)
         return dsa__fail(ctx, DSA_ERR_SHAPE, "cache: an index key is wider than DSA_MAX_DIM_INDEX");
+    if (c->dim_rope < 0) return dsa__fail(ctx, DSA_ERR_SHAPE, "cache: dim_rope is negative; in a cache 0 means none");
+    if (c->hadamard != 0 && c->hadamard != 1) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "cache: hadamard is 0 or 1, not the enum");
     if (c->hadamard && (kind != DSA_INDEX_KEY || !dsa__is_pow2(c->dim)))
         return dsa__fail(ctx, DSA_ERR_SHAPE, "cache: hadamard is for index keys whose dim is a power of two");
     if (c->page_size < 1 || c->n_pages < 0 || c->n_blocks < 0)
@@ -3920,12 +3929,7 @@ static void dsa__score_run(dsa__score_call *call)
     }
 }
 
-DSA_API dsa_status dsa_score_workspace(const dsa_ctx *ctx, const dsa_score_args *args, size_t *bytes)
-{
-    return dsa_score_select_workspace(ctx, args, NULL, bytes);
-}
-
-DSA_API dsa_status dsa_score_select_workspace(const dsa_ctx *ctx, const dsa_score_args *args, const dsa_selection *out, size_t *bytes)
+static dsa_status dsa__score_workspace(const dsa_ctx *ctx, const dsa_score_args *args, const dsa_selection *out, size_t *bytes)
 {
     dsa__arena arena = dsa__arena_over(NULL);
     dsa__score_call call;
@@ -3934,6 +3938,17 @@ DSA_API dsa_status dsa_score_select_workspace(const dsa_ctx *ctx, const dsa_scor
     if (!bytes) return dsa__fail(ctx, DSA_ERR_NULL, "score: bytes is NULL");
     *bytes = dsa__arena_bytes(&arena);
     return DSA_OK;
+}
+
+DSA_API dsa_status dsa_score_workspace(const dsa_ctx *ctx, const dsa_score_args *args, size_t *bytes)
+{
+    return dsa__score_workspace(ctx, args, NULL, bytes);
+}
+
+DSA_API dsa_status dsa_score_select_workspace(const dsa_ctx *ctx, const dsa_score_args *args, const dsa_selection *out, size_t *bytes)
+{
+    if (!out) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_score_select: out is NULL");
+    return dsa__score_workspace(ctx, args, out, bytes);
 }
 
 DSA_API dsa_status dsa_score(const dsa_ctx *ctx, const dsa_score_args *args, float *scores, int64_t n_cols, int64_t stride)

@@ -227,6 +227,8 @@ TEST bad_caches(void)
     REFUSES(DSA_ERR_NULL, DESC, dsa_cache_init(&ctx, &d, memory, sizeof memory, NULL));
     REFUSES(DSA_ERR_CAPACITY, DESC, dsa_cache_init(&ctx, &d, memory, CAP * W * 4 - 1, &now.other));
     REFUSES(DSA_ERR_NULL, DESC, dsa_cache_create(&ctx, &d, NULL));
+    REFUSES(DSA_ERR_SHAPE, now.latent.dim_rope = DSA_NONE, dsa_cache_check(&ctx, &now.latent));
+    REFUSES(DSA_ERR_ARGUMENT, now.index.hadamard = DSA_HADAMARD_OFF, dsa_cache_check(&ctx, &now.index));
     REFUSES(DSA_ERR_NULL, DESC, dsa_cache_view(&ctx, &d, NULL, 4, 0, NULL, 0, 0, &now.other));
     REFUSES(DSA_ERR_NULL, DESC, dsa_cache_view(&ctx, &d, memory, 4, 0, NULL, 0, 0, NULL));
     REFUSES(DSA_ERR_SHAPE, DESC, dsa_cache_view(&ctx, &d, memory, -1, 0, NULL, 0, 0, &now.other));
@@ -340,6 +342,7 @@ TEST bad_scores(void)
     REFUSES(DSA_ERR_NULL, in.score.ke = in.ke, dsa_score(&ctx, &in.score, now.scores, CAP, CAP));
     REFUSES(DSA_ERR_SHAPE, in.score.n_index_heads = -1, dsa_score_select(&ctx, &in.score, &in.sel));
     REFUSES(DSA_ERR_NULL, in.seqs[0].index = NULL, dsa_score_select(&ctx, &in.score, &in.sel));
+    REFUSES(DSA_ERR_NULL, (void)0, dsa_score_select_workspace(&ctx, &in.score, NULL, &now.bytes));
     REFUSES(DSA_ERR_NULL, in.score.workspace = NULL, dsa_score_select(&ctx, &in.score, &in.sel));
     REFUSES(DSA_ERR_WORKSPACE, in.score.workspace_size = 0, dsa_score_select(&ctx, &in.score, &in.sel));
     REFUSES(DSA_ERR_NULL, (void)0, dsa_score_select(&ctx, &in.score, NULL));
@@ -503,6 +506,11 @@ TEST bad_row_operations(void)
     r.offset = 6;
     IS(DSA_ERR_SHAPE, dsa_rope_rows(x, 1, 8, 1, 8, 8, &r, &position, 0));
     r.offset = 0;
+    r.theta = -1e4;
+    IS(DSA_ERR_SHAPE, dsa_rope_frequencies(&r, f));
+    r.theta = 1;
+    IS(DSA_ERR_SHAPE, dsa_rope_rows(x, 1, 8, 1, 8, 8, &r, &position, 0));
+    r.theta = 0;
     r.width = 3;
     IS(DSA_ERR_SHAPE, dsa_rope_rows(x, 1, 8, 1, 8, 8, &r, &position, 0));
     IS(DSA_ERR_NULL, dsa_rope_frequencies(NULL, f));

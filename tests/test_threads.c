@@ -141,6 +141,9 @@ TEST bad_pools_are_refused(void)
 {
     dsa_pool *pool = NULL;
     IS(DSA_ERR_NULL, dsa_pool_create(NULL, 2, NULL));
+    dsa_allocator half = { NULL, NULL, NULL };
+    half.alloc = count_alloc;
+    IS(DSA_ERR_NULL, dsa_pool_create(&half, 2, &pool));
     IS(DSA_ERR_ARGUMENT, dsa_pool_create(NULL, 0, &pool));
     IS(DSA_ERR_ARGUMENT, dsa_pool_create(NULL, -3, &pool));
     ASSERT(pool == NULL);

@@ -67,9 +67,15 @@ def without_comments(text):
     return re.sub(r'/\*.*?\*/|//[^\n]*|"(?:\\.|[^"\\\n])*"', blank, text, flags=re.S)
 
 
+def without_macro_bodies(code):
+    """The lines that continue a #define blanked: names in there are pasted together when it is used."""
+    blank = lambda found: found.group(1) + re.sub(r"[^\n]", " ", found.group(2))
+    return re.sub(r"^([ ]*#[ ]*define[^\n]*\\\n)((?:[^\n]*\\\n)*[^\n]*)", blank, code, flags=re.M)
+
+
 def check_names(text):
     """Whatever a file that includes dsa.h can see starts with dsa_ or DSA_; what is not for users with dsa__ or DSA__."""
-    code = without_comments(text)
+    code = without_macro_bodies(without_comments(text))
     patterns = [
         (r"^DSA_API\b[^;{=]*?\b(\w+)\s*\(", r"dsa_[a-z]\w*", "public function"),
         (r"^static\b[^;{(=]*?\b(\w+)\s*(?:\[[^\]]*\]\s*)*[=;(]", r"dsa__\w+", "private name"),

@@ -394,6 +394,155 @@ TEST sinks_match(void)
     END(p.b);
 }
 
+/* Sinks far above and far below the logits, relative to what little is left: out = acc / (sum + e^(z - max)). */
+TEST sinks_keep_their_weight_at_any_distance(void)
+{
+    dsa_ctx ctx = context(1, 3, 2);
+    const float distance[] = { -3e38f, -200, -87.5f, -60, -20, -1, 0, 1, 20, 40, 60, 80 };
+    float max = 2.5f, sum = 3.5f, acc[3] = { 7, -1e-3f, 2e20f }, out[3], merged[3], lse[2], part[3], part_lse;
+    dsa_attend_state s;
+    memset(&s, 0, sizeof s);
+    s.n_rows = 1;
+    s.max = &max;
+    s.sum = &sum;
+    s.out = acc;
+    const float *parts = part, *part_lses = &part_lse;
+    OK(dsa_attend_partial(&ctx, &s, part, &part_lse));
+    for (size_t i = 0; i < sizeof distance / sizeof *distance; i++) {
+        float z = max + distance[i];
+        OK(dsa_attend_finish(&ctx, &s, &z, out, &lse[0], NULL));
+        OK(dsa_attend_merge(&ctx, 1, &parts, &part_lses, 1, 1, 3, &z, merged, &lse[1]));
+        for (int d = 0; d < 3; d++) {
+            double want = (double)acc[d] / ((double)sum + exp((double)z - (double)max));
+            ASSERT_IN_RANGE(1, (double)out[d] / want, 2e-6);
+            ASSERT_IN_RANGE(1, (double)merged[d] / want, 2e-5);      /* lse near 80 carries 4e-6 of rounding */
+        }
+        for (int j = 0; j < 2; j++) ASSERT_IN_RANGE((double)max + log((double)sum), (double)lse[j], 1e-6);
+    }
+    const float beyond[3] = { 300, 3e38f, INFINITY };                    /* nothing is left */
+    for (int i = 0; i < 3; i++) {
+        OK(dsa_attend_finish(&ctx, &s, &beyond[i], out, NULL, NULL));
+        OK(dsa_attend_merge(&ctx, 1, &parts, &part_lses, 1, 1, 3, &beyond[i], merged, NULL));
+        for (int d = 0; d < 3; d++) {
+            ASSERT_EQ_FMT(0.0, (double)out[d], "%g");
+            ASSERT_EQ_FMT(0.0, (double)merged[d], "%g");
+        }
+    }
+    PASS();
+}
+
+/* One row with logit 0 and value 1, one far below it with a huge value: e^x has to hold down to its end at -87. */
+TEST a_far_logit_keeps_its_weight(void)
+{
+    const double logit[5] = { -10, -30, -60, -80, -86 }, value[5] = { 1e5, 1e14, 1e27, 1e36, 1e38 };
+    for (int i = 0; i < 5; i++) {
+        bag b = { NULL, 0 };
+        dsa_ctx ctx = context(2, 4, 2);
+        dsa_cache_desc d = desc_of(DSA_LATENT, DSA_F32, 2, 0);
+        dsa_cache cache = cache_of(&b, &ctx, &d);
+        dsa_seq s = seq_of(&cache, NULL, 1);
+        float rows[2][6] = { { 1, 1, 1, 1, 0, 0 } }, q[2][6] = { { 0 } }, out[8], lse[2], max[2];
+        for (int j = 0; j < 4; j++) rows[1][j] = (float)value[i];
+        rows[1][4] = (float)(logit[i] / 0.25);
+        q[0][4] = q[1][4] = 1;
+        OK(append(&ctx, &cache, NULL, 2, rows[0], NULL));
+        dsa_attend_args a;
+        memset(&a, 0, sizeof a);
+        a.n_seqs = 1;
+        a.seqs = &s;
+        a.q = q[0];
+        a.what = DSA_ATTEND_VISIBLE;
+        OK(attend(&b, &ctx, a, 1, 2, 4, NULL, out, lse, max));
+        double p = exp(logit[i]), want = (1 + p * (double)rows[1][0]) / (1 + p);
+        for (int j = 0; j < 8; j++) ASSERT_IN_RANGE(1, (double)out[j] / want, 3e-6);
+        bag_free(&b);
+    }
+    PASS();
+}
+
+/* A logit of -inf weighs nothing, even where no other came before: rows [0, 200) have one, rows [200, 300) do not. */
+TEST minus_infinite_logits_weigh_nothing(dsa_type format, dsa_precision precision)
+{
+    bag b = { NULL, 0 };
+    enum { H = 3, R = 24, RR = 8, W = R + RR, N = 300, NONE = 200 };
+    dsa_ctx ctx = context(H, R, RR);
+    ctx.config.precision = precision;
+    dsa_cache_desc d = desc_of(DSA_LATENT, format, N, 16);
+    dsa_cache cache = cache_of(&b, &ctx, &d);
+    float *rows = random_floats(&b, N * W, 60, 1), *q = random_floats(&b, H * W, 61, 1);
+    for (int j = 0; j < NONE; j++) rows[j * W + R] = -INFINITY;
+    for (int h = 0; h < H; h++) q[h * W + R] = 0.75f;
+    OK(append(&ctx, &cache, NULL, N, rows, NULL));
+    dsa_seq s = seq_of(&cache, NULL, 1);
+    int64_t ks = 0, ke = NONE;
+    dsa_attend_args a;
+    memset(&a, 0, sizeof a);
+    a.n_seqs = 1;
+    a.seqs = &s;
+    a.q = q;
+    a.what = DSA_ATTEND_RANGE;
+    a.ks = &ks;
+    a.ke = &ke;
+    float out[3][H * R], lse[3][H], max[3][H];
+    OK(attend(&b, &ctx, a, 1, H, R, NULL, out[0], lse[0], max[0]));      /* nothing else: an empty row */
+    for (int i = 0; i < H * R; i++) ASSERT_EQ_FMT(0.0, (double)out[0][i], "%g");
+    for (int h = 0; h < H; h++) {
+        ASSERT(isinf(lse[0][h]) && lse[0][h] > 0);
+        ASSERT(isinf(max[0][h]) && max[0][h] < 0);
+    }
+    ke = N;
+    OK(attend(&b, &ctx, a, 1, H, R, NULL, out[1], lse[1], max[1]));      /* before others, in one call */
+    dsa_attend_state state = state_of(&b, 1, H, R);
+    OK(dsa_attend_begin(&ctx, &state));
+    ke = NONE;
+    OK(add(&b, &ctx, a, &state));                                        /* before others, in a call of its own */
+    ks = NONE;
+    ke = N;
+    OK(add(&b, &ctx, a, &state));
+    OK(dsa_attend_finish(&ctx, &state, NULL, out[0], lse[0], max[0]));
+    OK(attend(&b, &ctx, a, 1, H, R, NULL, out[2], lse[2], max[2]));      /* the others alone */
+    ASSERT(same_bits(out[0], out[2], H * R));
+    ASSERT(same_bits(lse[0], lse[2], H));
+    ASSERT(same_bits(max[1], max[2], H));
+    const double bound = precision == DSA_PRECISION_F32 ? 3e-6 : 1e-2;   /* the blocks begin elsewhere */
+    WITHIN(bound, max_error_f(out[1], out[2], H * R));
+    WITHIN(bound, max_error_f(lse[1], lse[2], H));
+    END(b);
+}
+
+/* A NaN that only the logit sees, in a row that is read: that query's whole output, and nobody else's. */
+TEST nan_in_a_selected_row_reaches_its_query(dsa_type format)
+{
+    bag b = { NULL, 0 };
+    enum { H = 3, R = 24, RR = 8, W = R + RR, N = 300, BAD = 17 };
+    dsa_ctx ctx = context(H, R, RR);
+    dsa_cache_desc d = desc_of(DSA_LATENT, format, N, 16);
+    dsa_cache cache = cache_of(&b, &ctx, &d);
+    float *rows = random_floats(&b, N * W, 62, 1), *q = random_floats(&b, 3 * H * W, 63, 1), out[3][H * R], lse[3][H];
+    rows[BAD * W + R + 1] = NAN;
+    OK(append(&ctx, &cache, NULL, N, rows, NULL));
+    int32_t lists[3][N];
+    for (int i = 0; i < N; i++) {
+        lists[0][i] = i;                                                 /* early */
+        lists[1][i] = i == BAD ? -1 : i;                                 /* not at all */
+        lists[2][i] = N - 1 - i;                                         /* in a later block */
+    }
+    dsa_seq s = seq_of(&cache, NULL, 3);
+    dsa_attend_args a;
+    memset(&a, 0, sizeof a);
+    a.n_seqs = 1;
+    a.seqs = &s;
+    a.q = q;
+    a.indices = lists[0];
+    a.n_indices = N;
+    OK(attend(&b, &ctx, a, 3, H, R, NULL, out[0], lse[0], NULL));
+    for (int row = 0; row < 3; row++) {
+        for (int i = 0; i < H * R; i++) ASSERT_EQ_FMT(row != 1, isnan(out[row][i]) != 0, "%d");
+        for (int h = 0; h < H; h++) ASSERT_EQ_FMT(row != 1, isnan(lse[row][h]) != 0, "%d");
+    }
+    END(b);
+}
+
 TEST ranges_are_clamped(void)
 {
     problem p;
@@ -549,6 +698,36 @@ TEST threads_change_no_bit(dsa_attend_what what)
         ASSERT(same_bits(out, p.out, 3 * 8 * 140));
         ASSERT(same_bits(lse, p.lse, 24));
         ASSERT(same_bits(max, p.max, 24));
+    }
+    END(p.b);
+}
+
+/* Fewer rows than threads: the heads are split. 40 heads are no multiple of any part. */
+TEST split_heads_change_no_bit(int32_t n_rows)
+{
+    problem p;
+    enum { H = 40, R = 24, LEN = 300 };
+    open_problem(&p, DSA_F32, H, R, 8, LEN, n_rows, 16);
+    int32_t *lists = random_lists(&p.b, n_rows, 250, LEN, 16);
+    const int64_t n = (int64_t)n_rows * H;
+    float *out = NULL, *lse = NULL, *max = NULL;
+    const dsa_ctx plain = p.ctx;
+    const int32_t threads[5] = { 1, 2, 3, 4, 8 };
+    for (int t = 0; t < 5; t++) {
+        backwards b;
+        p.ctx = with_threads(&plain, &b, threads[t]);
+        OK(solve(&p, list_of(&p, lists, 250), NULL));
+        ASSERT_FALSE(b.broken);
+        ASSERT(threads[t] == 1 || b.calls > 0);
+        if (t == 0) {
+            for (int32_t i = 0; i < n_rows; i++) WITHIN(1e-5, row_error(&p, i, lists + 250 * i, 250, 0.25, NULL));
+            out = p.out; lse = p.lse; max = p.max;
+            p.out = floats(&p.b, n * R); p.lse = floats(&p.b, n); p.max = floats(&p.b, n);
+            continue;
+        }
+        ASSERT(same_bits(out, p.out, n * R));
+        ASSERT(same_bits(lse, p.lse, n));
+        ASSERT(same_bits(max, p.max, n));
     }
     END(p.b);
 }
@@ -826,6 +1005,16 @@ SUITE(attend_suite)
     RUN_TEST(nan_beyond_the_range_never_leaks);
     RUN_TEST(empty_rows_are_zero_with_infinite_lse);
     RUN_TEST(sinks_match);
+    RUN_TEST(sinks_keep_their_weight_at_any_distance);
+    RUN_TEST(a_far_logit_keeps_its_weight);
+    CASE("f32", minus_infinite_logits_weigh_nothing, DSA_F32, DSA_PRECISION_F32);
+    CASE("bf16", minus_infinite_logits_weigh_nothing, DSA_BF16, DSA_PRECISION_F32);
+    CASE("fp8", minus_infinite_logits_weigh_nothing, DSA_FP8, DSA_PRECISION_F32);
+    CASE("bf16_auto", minus_infinite_logits_weigh_nothing, DSA_BF16, DSA_PRECISION_AUTO);
+    CASE("fp8_auto", minus_infinite_logits_weigh_nothing, DSA_FP8, DSA_PRECISION_AUTO);
+    CASE("f32", nan_in_a_selected_row_reaches_its_query, DSA_F32);
+    CASE("bf16", nan_in_a_selected_row_reaches_its_query, DSA_BF16);
+    CASE("fp8", nan_in_a_selected_row_reaches_its_query, DSA_FP8);
     RUN_TEST(ranges_are_clamped);
     RUN_TEST(huge_logits_are_stable);
     RUN_TEST(lse_and_max_of_one_row_are_its_logit);
@@ -838,6 +1027,8 @@ SUITE(attend_suite)
     CASE("list", threads_change_no_bit, DSA_ATTEND_LIST);
     CASE("range", threads_change_no_bit, DSA_ATTEND_RANGE);
     CASE("visible", threads_change_no_bit, DSA_ATTEND_VISIBLE);
+    CASE("1_row", split_heads_change_no_bit, 1);
+    CASE("2_rows", split_heads_change_no_bit, 2);
     RUN_TEST(batch_and_paging_change_no_bit);
     RUN_TEST(two_adds_are_one_over_the_union);
     RUN_TEST(an_add_over_a_second_cache_joins_the_softmax);

@@ -787,7 +787,7 @@ TEST slots_write_anywhere_and_skip(void)
     const int32_t table[3] = { 1, 2, 0 };
     dsa_cache c = view_of(&b, &ctx, &d, POOL, 8, table, 3);
     float *rows = random_floats(&b, 4 * W, 15, 1), got[W];
-    const int64_t slots[4] = { 11, -1, 0, 6 };
+    const int64_t slots[4] = { 11, 0, -1, 6 };
     dsa_seq s = seq_of(&c, NULL, 4);
     dsa_append_args a;
     memset(&a, 0, sizeof a);
@@ -800,7 +800,7 @@ TEST slots_write_anywhere_and_skip(void)
     for (int64_t slot = 0; slot < PAGE * POOL; slot++) {
         unsigned char untouched[W * 4];
         const unsigned char *at = (unsigned char *)c.data + (size_t)(slot / PAGE) * c.page_stride + (size_t)(slot % PAGE) * c.row_stride;
-        int row = slot == 11 ? 0 : slot == 0 ? 2 : slot == 6 ? 3 : -1;
+        int row = slot == 11 ? 0 : slot == 0 ? 1 : slot == 6 ? 3 : -1;
         memset(untouched, 0xEE, sizeof untouched);
         ASSERT_MEM_EQ(row < 0 ? (const void *)untouched : (const void *)(rows + row * W), at, W * 4);
     }

@@ -163,6 +163,8 @@ TEST bad_configs(void)
     BAD_CONFIG(DSA_ERR_SHAPE, c.dim_latent = -3);
     BAD_CONFIG(DSA_ERR_SHAPE, c.dim_rope = -3);
     BAD_CONFIG(DSA_ERR_SHAPE, c.dim_rope = 5);
+    BAD_CONFIG(DSA_ERR_SHAPE, (c.dim_rope = 5, c.index_rope_width = 4));
+    BAD_CONFIG(DSA_ERR_SHAPE, (c.dim_rope = 4, c.index_rope_width = 5));
     BAD_CONFIG(DSA_ERR_SHAPE, c.n_index_heads = -3);
     BAD_CONFIG(DSA_ERR_SHAPE, c.dim_index = INT32_MIN);
     BAD_CONFIG(DSA_ERR_SHAPE, c.top_k = -3);

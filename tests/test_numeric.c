@@ -299,6 +299,27 @@ TEST quantize_e4m3_scale_edges(void)
     PASS();
 }
 
+/* Infinity counts as the largest finite number, so that a scale stays finite; NaN has no part in it. */
+TEST scales_stay_finite(void)
+{
+    float x[4] = { -INFINITY, 1, NAN, INFINITY }, s;
+    uint8_t y[4];
+    int8_t z[4];
+    s = dsa_quantize_e4m3(x, 4, y);
+    ASSERT_EQ_FMT(0x1p120, (double)s, "%g");                        /* 2^ceil(log2(FLT_MAX / 448)) */
+    ASSERT_EQ_FMT(0xFE, y[0], "%02x");
+    ASSERT_EQ_FMT(0x00, y[1], "%02x");
+    ASSERT_EQ_FMT(0x7F, y[2] & 0x7F, "%02x");
+    ASSERT_EQ_FMT(0x7E, y[3], "%02x");
+    x[2] = 2;
+    s = dsa_quantize_int8(x, 4, z);
+    ASSERT_EQ_FMT((double)(FLT_MAX / 127), (double)s, "%g");
+    ASSERT_EQ_FMT(-127, z[0], "%d");
+    ASSERT_EQ_FMT(0, z[1], "%d");
+    ASSERT_EQ_FMT(127, z[3], "%d");
+    PASS();
+}
+
 TEST quantize_int8_matches_the_formula(int32_t n)
 {
     brute_rng r = { 6 };
@@ -681,6 +702,25 @@ TEST yarn_with_a_single_step(void)
     PASS();
 }
 
+/* A context so long that the slow end of the ramp falls beyond the last channel: spec 2.1 holds it at n - 1 = 7. */
+TEST yarn_ramp_ends_at_the_last_channel(void)
+{
+    dsa_rope rope;
+    double f[4];
+    memset(&rope, 0, sizeof rope);
+    rope.width = 8;
+    rope.theta = 100;
+    rope.factor = 4;
+    rope.original_context = 1e6;                     /* cd(1) = 8 ln(1e6 / (2 pi)) / (2 ln 100) = 10.4 */
+    rope.beta_fast = 1e6;                            /* cd = -1.6: low 0 */
+    ASSERT_EQ(DSA_OK, dsa_rope_frequencies(&rope, f));
+    for (int i = 0; i < 4; i++) {
+        double base = pow(100, -i / 4.0), ramp = i / 7.0;
+        ASSERT_IN_RANGE(base * (1 - ramp) + base / 4 * ramp, f[i], 1e-12);
+    }
+    PASS();
+}
+
 /* ---- presets and small queries ------------------------------------------------------------------- */
 TEST preset_constants(void)
 {
@@ -828,6 +868,7 @@ SUITE(numeric_suite)
         RUN_TESTp(layer_norm_matches_double, rows[i]);
     }
     RUN_TEST(quantize_e4m3_scale_edges);
+    RUN_TEST(scales_stay_finite);
     RUN_TEST(quantize_int8_rounds_halves_to_even_and_clamps);
     RUN_TEST(norms_use_their_eps);
 
@@ -856,6 +897,7 @@ SUITE(numeric_suite)
     RUN_TEST(rope_checks_its_shape);
     RUN_TEST(yarn_check_values);
     RUN_TEST(yarn_with_a_single_step);
+    RUN_TEST(yarn_ramp_ends_at_the_last_channel);
 
     RUN_TEST(preset_constants);
     RUN_TEST(preset_rope_layouts);

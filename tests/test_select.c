@@ -121,12 +121,14 @@ static dsa_select_args rows_of(const float *scores, int64_t n_rows, int64_t n_co
 typedef enum fill {
     FILL_NORMAL, FILL_EQUAL, FILL_ZERO, FILL_SIGNED_ZERO, FILL_ASCENDING, FILL_DESCENDING, FILL_OUTLIER, FILL_DENORMAL, FILL_MIXED,
     FILL_ALL_NAN, FILL_ALL_MINUS_INF, FILL_ALL_PLUS_INF, FILL_PLATEAU, FILL_FEW_VALUES, FILL_ONE_ULP, FILL_NEGATIVE, FILL_HUGE_RANGE,
-    FILL_SPARSE, FILL_TIES_16, FILL_TIES_100, FILL_SAWTOOTH, FILL_PIPE, FILL_SAMPLE_LOW, FILL_SAMPLE_HIGH, FILL_COUNT
+    FILL_SPARSE, FILL_TIES_16, FILL_TIES_100, FILL_SAWTOOTH, FILL_PIPE, FILL_SAMPLE_LOW, FILL_SAMPLE_HIGH, FILL_SAMPLE_TIES,
+    FILL_COUNT
 } fill;
 static const char *const fill_names[FILL_COUNT] = {
     "normal", "all_equal", "all_zero", "signed_zeros", "ascending", "descending", "one_outlier", "denormals", "nan_and_inf",
     "all_nan", "all_minus_inf", "all_plus_inf", "plateau_at_the_cut", "few_values", "one_ulp_apart", "negative", "all_exponents",
-    "relu_plateau", "ties_in_16s", "ties_in_100s", "sawtooth", "organ_pipe", "low_where_sampled", "high_where_sampled"
+    "relu_plateau", "ties_in_16s", "ties_in_100s", "sawtooth", "organ_pipe", "low_where_sampled", "high_where_sampled",
+    "ties_behind_a_low_sample"
 };
 
 /* What dsa_select reads first of a row (dsa__topk_guess): 128 pieces of 16 scores, one in each part of the row, wherever the
@@ -170,10 +172,11 @@ static void fill_row(brute_rng *r, fill kind, float *x, int64_t n)
         case FILL_SAWTOOTH:      x[i] = (float)(i % 1024); break;
         case FILL_PIPE:          x[i] = (float)(i < n / 2 ? i : n - i); break;
         case FILL_SAMPLE_LOW:    x[i] = (float)(i + 10); break;
+        case FILL_SAMPLE_TIES:   x[i] = u < (i < 6000 ? 0.01 : 0.05) ? 9 : 2 + (float)(int)(4 * u); break;   /* 9: the cut of what follows */
         default:                 x[i] = (float)brute_normal(r); break;
         }
     }
-    if (kind == FILL_SAMPLE_LOW) fill_sampled(r, x, n, 0);
+    if (kind == FILL_SAMPLE_LOW || kind == FILL_SAMPLE_TIES) fill_sampled(r, x, n, 0);
     if (kind == FILL_SAMPLE_HIGH) fill_sampled(r, x, n, 100);
 }
 

@@ -35,6 +35,10 @@
      >>ref          the algorithm in plain C: lesson, oracle and fallback
      >>kernels      what a vector ISA may replace
      >>topk         exact selection under a total order
+     >>avx2         AVX2, FMA, F16C: selection, and eight f32 lanes for >>f32x8
+     >>neon         eight f32 lanes of AArch64, for >>f32x8
+     >>f32x8        scoring and attention in f32, eight lanes at a time
+     >>avx512       selection, scoring and attention with AVX-512
      >>dispatch     the kernel table and its choice
      >>threads      the optional pool
      >>config       defaults, presets, contexts
@@ -1846,7 +1850,7 @@ static void dsa__topk_take(dsa__arena *a, const dsa__kernels *kernels, int64_t k
 }
 
 /* ============================================================================================
-   >>avx2                                     kernels for AVX2, FMA and F16C
+   >>avx2                                     AVX2, FMA, F16C: selection, and eight f32 lanes for >>f32x8
    ============================================================================================ */
 #if defined(DSA__X86)
 #define DSA__AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
@@ -1922,10 +1926,574 @@ DSA__AVX2 static int64_t dsa__keep_avx2(const float *s, const int32_t *i, int64_
     }
     return m + dsa__ref_keep(s + j, i + j, n - j, cut, equal, out_s + m, out_i + m);
 }
+
+/* ---- eight lanes ---------------------------------------------------------------------------- */
+#define DSA__F32X8 __attribute__((target("avx2,fma,f16c")))
+#define DSA__F32X8_INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c")))
+#define DSA__TILE_ROWS 6
+#define DSA__TILE_SET 0
+#define DSA__TILE_ADD 1
+#define DSA__TILE_FOLD 2
+
+typedef __m256 dsa__f32x8;
+
+DSA__F32X8_INLINE dsa__f32x8 dsa__load8(const float *x) { return _mm256_loadu_ps(x); }
+DSA__F32X8_INLINE void dsa__store8(float *y, dsa__f32x8 x) { _mm256_storeu_ps(y, x); }
+DSA__F32X8_INLINE dsa__f32x8 dsa__set8(float x) { return _mm256_set1_ps(x); }
+DSA__F32X8_INLINE dsa__f32x8 dsa__add8(dsa__f32x8 a, dsa__f32x8 b) { return _mm256_add_ps(a, b); }
+DSA__F32X8_INLINE dsa__f32x8 dsa__sub8(dsa__f32x8 a, dsa__f32x8 b) { return _mm256_sub_ps(a, b); }
+DSA__F32X8_INLINE dsa__f32x8 dsa__mul8(dsa__f32x8 a, dsa__f32x8 b) { return _mm256_mul_ps(a, b); }
+DSA__F32X8_INLINE dsa__f32x8 dsa__fma8(dsa__f32x8 a, dsa__f32x8 b, dsa__f32x8 c) { return _mm256_fmadd_ps(a, b, c); }
+DSA__F32X8_INLINE dsa__f32x8 dsa__max8(dsa__f32x8 a, dsa__f32x8 b) { return _mm256_max_ps(a, b); }     /* a > b ? a : b */
+DSA__F32X8_INLINE dsa__f32x8 dsa__and8(dsa__f32x8 a, dsa__f32x8 b) { return _mm256_and_ps(a, b); }
+DSA__F32X8_INLINE dsa__f32x8 dsa__less8(dsa__f32x8 a, dsa__f32x8 b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+DSA__F32X8_INLINE dsa__f32x8 dsa__equal8(dsa__f32x8 a, dsa__f32x8 b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+DSA__F32X8_INLINE dsa__f32x8 dsa__pick8(dsa__f32x8 mask, dsa__f32x8 a, dsa__f32x8 b) { return _mm256_blendv_ps(b, a, mask); }
+
+/* x 2^n, where n is the whole number that was added to 1.5 2^23 to give t. No overflow: x 2^n must be a normal number. */
+DSA__F32X8_INLINE dsa__f32x8 dsa__scale8(dsa__f32x8 x, dsa__f32x8 t)
+{
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_castps_si256(t), 23)));
+}
+
+/* 16 values of a cache row as f32, unscaled. */
+DSA__F32X8_INLINE void dsa__widen16(dsa_type format, const unsigned char *x, dsa__f32x8 *lo, dsa__f32x8 *hi)
+{
+    if (format == DSA_F32) {
+        *lo = _mm256_loadu_ps((const float *)(const void *)x);
+        *hi = _mm256_loadu_ps((const float *)(const void *)(x + 32));
+    } else if (format == DSA_BF16) {
+        *lo = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)x)), 16));
+        *hi = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(x + 16))), 16));
+    } else if (format == DSA_INT8) {
+        __m128i b = _mm_loadu_si128((const __m128i *)(const void *)x);
+        *lo = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b));
+        *hi = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(b, 8)));
+    } else {
+        /* e4m3 seeeemmm becomes the half s0eeeemmm0000000, 2^-8 of it, subnormals included (the conversion heeds no flush-to-zero
+           mode). The NaN code is all ones: only there the sum carries into the free bit and makes the half a NaN too. */
+        __m256i h = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)x)), 7);
+        __m256i nan = _mm256_add_epi16(_mm256_and_si256(h, _mm256_set1_epi16(0x3F80)), _mm256_set1_epi16(0x0080));
+        h = _mm256_or_si256(_mm256_and_si256(h, _mm256_set1_epi16(-0x4001)), _mm256_and_si256(nan, _mm256_set1_epi16(0x4000)));
+        *lo = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_set1_ps(256.0f));
+        *hi = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)), _mm256_set1_ps(256.0f));
+    }
+}
+
+/* Lane j of the result is the sum of x[8 j .. 8 j + 8), as ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)). */
+DSA__F32X8_INLINE dsa__f32x8 dsa__sums8(const float *x)
+{
+    __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)),
+                              _mm256_hadd_ps(_mm256_loadu_ps(x + 16), _mm256_loadu_ps(x + 24)));
+    __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(_mm256_loadu_ps(x + 32), _mm256_loadu_ps(x + 40)),
+                              _mm256_hadd_ps(_mm256_loadu_ps(x + 48), _mm256_loadu_ps(x + 56)));
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+
+/* y[i][j] = x[j][i] for 8 x 8 */
+DSA__F32X8_INLINE void dsa__transpose8(const float *x, int64_t ldx, float *y, int64_t ldy)
+{
+    int32_t i;
+    for (i = 0; i < 8; i += 4, x += 4, y += 4 * ldy) {   /* four columns at a time: rows 0..3 in the lower half, 4..7 in the upper */
+        __m256 a = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x)), _mm_loadu_ps(x + 4 * ldx), 1);
+        __m256 b = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x + ldx)), _mm_loadu_ps(x + 5 * ldx), 1);
+        __m256 c = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x + 2 * ldx)), _mm_loadu_ps(x + 6 * ldx), 1);
+        __m256 d = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x + 3 * ldx)), _mm_loadu_ps(x + 7 * ldx), 1);
+        __m256 ab = _mm256_unpacklo_ps(a, b), AB = _mm256_unpackhi_ps(a, b), cd = _mm256_unpacklo_ps(c, d), CD = _mm256_unpackhi_ps(c, d);
+        _mm256_storeu_ps(y, _mm256_shuffle_ps(ab, cd, 0x44));
+        _mm256_storeu_ps(y + ldy, _mm256_shuffle_ps(ab, cd, 0xEE));
+        _mm256_storeu_ps(y + 2 * ldy, _mm256_shuffle_ps(AB, CD, 0x44));
+        _mm256_storeu_ps(y + 3 * ldy, _mm256_shuffle_ps(AB, CD, 0xEE));
+    }
+}
+
+/* The one hot loop: c[r][0..16) = Sum_d a[r][d] b[d][0..16) for rows <= 6, d = 0, 1, 2, .. one fma after the other.
+   6 rows x 2 vectors: 12 sums hide the latency of two fma units, 2 loads of b and a broadcast fill the registers, and 8 loads per
+   12 fma leave the load units room. Absent rows repeat the last one. Then, by `how`:
+   DSA__TILE_SET  y[r][0..16) = c      DSA__TILE_ADD  y[r][0..16) + c, the sums start from y
+   DSA__TILE_FOLD y[r][0..8) += w[0..8) ReLU(c[0..8)) + w[8..16) ReLU(c[8..16)), of absent heads (w[16..32) = 0, else all ones) nothing. */
+DSA__F32X8_INLINE void dsa__tile8(int how, int32_t rows, int32_t depth, const float *a, int64_t lda, const float *b, int64_t ldb,
+                                       float *y, int64_t ldy, const float *w)
+{
+    const float *a0 = a, *a1 = rows > 1 ? a0 + lda : a0, *a2 = rows > 2 ? a1 + lda : a1;
+    const float *a3 = rows > 3 ? a2 + lda : a2, *a4 = rows > 4 ? a3 + lda : a3, *a5 = rows > 5 ? a4 + lda : a4;
+    const int32_t tall = how == DSA__TILE_ADD ? rows : 6;
+    float *y0 = y, *y1 = tall > 1 ? y0 + ldy : y0, *y2 = tall > 2 ? y1 + ldy : y1;
+    float *y3 = tall > 3 ? y2 + ldy : y2, *y4 = tall > 4 ? y3 + ldy : y3, *y5 = tall > 5 ? y4 + ldy : y4;
+    __m256 c0, c1, c2, c3, c4, c5, d0, d1, d2, d3, d4, d5, b0, b1, x;
+    int32_t i;
+    c0 = c1 = c2 = c3 = c4 = c5 = d0 = d1 = d2 = d3 = d4 = d5 = _mm256_setzero_ps();
+    if (how == DSA__TILE_ADD) {
+#define DSA__ROW(r) \
+        x = _mm256_set1_ps(w[tall > r ? r : tall - 1]); \
+        c##r = _mm256_mul_ps(x, _mm256_loadu_ps(y##r)); d##r = _mm256_mul_ps(x, _mm256_loadu_ps(y##r + 8));
+        DSA__ROW(0) DSA__ROW(1) DSA__ROW(2) DSA__ROW(3) DSA__ROW(4) DSA__ROW(5)
+#undef DSA__ROW
+    }
+    for (i = 0; i < depth; i++, b += ldb) {
+        b0 = _mm256_loadu_ps(b);
+        b1 = _mm256_loadu_ps(b + 8);
+#define DSA__ROW(r) x = _mm256_set1_ps(a##r[i]); c##r = _mm256_fmadd_ps(x, b0, c##r); d##r = _mm256_fmadd_ps(x, b1, d##r);
+        DSA__ROW(0) DSA__ROW(1) DSA__ROW(2) DSA__ROW(3) DSA__ROW(4) DSA__ROW(5)
+#undef DSA__ROW
+    }
+    if (how == DSA__TILE_FOLD) {
+        const __m256 w0 = _mm256_loadu_ps(w), w1 = _mm256_loadu_ps(w + 8), zero = _mm256_setzero_ps();
+#define DSA__ROW(r) \
+        x = _mm256_fmadd_ps(w0, _mm256_and_ps(_mm256_max_ps(zero, c##r), _mm256_loadu_ps(w + 16)), _mm256_loadu_ps(y##r)); \
+        x = _mm256_fmadd_ps(w1, _mm256_and_ps(_mm256_max_ps(zero, d##r), _mm256_loadu_ps(w + 24)), x); \
+        _mm256_storeu_ps(y##r, x);
+        DSA__ROW(0) DSA__ROW(1) DSA__ROW(2) DSA__ROW(3) DSA__ROW(4) DSA__ROW(5)
+#undef DSA__ROW
+        return;
+    }
+#define DSA__ROW(r) _mm256_storeu_ps(y##r, c##r); _mm256_storeu_ps(y##r + 8, d##r);
+    DSA__ROW(0) DSA__ROW(1) DSA__ROW(2) DSA__ROW(3) DSA__ROW(4) DSA__ROW(5)
+#undef DSA__ROW
+}
 #endif
 
 /* ============================================================================================
-   >>avx512                                   kernels for AVX-512 F, BW, VL, DQ
+   >>neon                                     eight f32 lanes of AArch64, for >>f32x8
+   ============================================================================================
+   Baseline AArch64, little endian: nothing to ask the CPU. Written for 32 registers of 128 bits and run only in an emulator so
+   far: the tile's shape follows from the register and latency counts, it has not been timed. */
+#ifdef DSA__ARM
+#define DSA__F32X8
+#define DSA__F32X8_INLINE static inline __attribute__((always_inline))
+#define DSA__TILE_ROWS 4
+#define DSA__TILE_SET 0
+#define DSA__TILE_ADD 1
+#define DSA__TILE_FOLD 2
+
+typedef struct dsa__f32x8 { float32x4_t lo, hi; } dsa__f32x8;
+
+DSA__F32X8_INLINE dsa__f32x8 dsa__pair8(float32x4_t lo, float32x4_t hi) { dsa__f32x8 x; x.lo = lo; x.hi = hi; return x; }
+DSA__F32X8_INLINE dsa__f32x8 dsa__load8(const float *x) { return dsa__pair8(vld1q_f32(x), vld1q_f32(x + 4)); }
+DSA__F32X8_INLINE void dsa__store8(float *y, dsa__f32x8 x) { vst1q_f32(y, x.lo); vst1q_f32(y + 4, x.hi); }
+DSA__F32X8_INLINE dsa__f32x8 dsa__set8(float x) { return dsa__pair8(vdupq_n_f32(x), vdupq_n_f32(x)); }
+DSA__F32X8_INLINE dsa__f32x8 dsa__add8(dsa__f32x8 a, dsa__f32x8 b) { return dsa__pair8(vaddq_f32(a.lo, b.lo), vaddq_f32(a.hi, b.hi)); }
+DSA__F32X8_INLINE dsa__f32x8 dsa__sub8(dsa__f32x8 a, dsa__f32x8 b) { return dsa__pair8(vsubq_f32(a.lo, b.lo), vsubq_f32(a.hi, b.hi)); }
+DSA__F32X8_INLINE dsa__f32x8 dsa__mul8(dsa__f32x8 a, dsa__f32x8 b) { return dsa__pair8(vmulq_f32(a.lo, b.lo), vmulq_f32(a.hi, b.hi)); }
+DSA__F32X8_INLINE dsa__f32x8 dsa__fma8(dsa__f32x8 a, dsa__f32x8 b, dsa__f32x8 c)
+{
+    return dsa__pair8(vfmaq_f32(c.lo, a.lo, b.lo), vfmaq_f32(c.hi, a.hi, b.hi));
+}
+DSA__F32X8_INLINE float32x4_t dsa__mask4(uint32x4_t x) { return vreinterpretq_f32_u32(x); }
+DSA__F32X8_INLINE uint32x4_t dsa__bits4(float32x4_t x) { return vreinterpretq_u32_f32(x); }
+DSA__F32X8_INLINE dsa__f32x8 dsa__less8(dsa__f32x8 a, dsa__f32x8 b)
+{
+    return dsa__pair8(dsa__mask4(vcltq_f32(a.lo, b.lo)), dsa__mask4(vcltq_f32(a.hi, b.hi)));
+}
+DSA__F32X8_INLINE dsa__f32x8 dsa__equal8(dsa__f32x8 a, dsa__f32x8 b)
+{
+    return dsa__pair8(dsa__mask4(vceqq_f32(a.lo, b.lo)), dsa__mask4(vceqq_f32(a.hi, b.hi)));
+}
+DSA__F32X8_INLINE dsa__f32x8 dsa__and8(dsa__f32x8 a, dsa__f32x8 b)
+{
+    return dsa__pair8(dsa__mask4(vandq_u32(dsa__bits4(a.lo), dsa__bits4(b.lo))), dsa__mask4(vandq_u32(dsa__bits4(a.hi), dsa__bits4(b.hi))));
+}
+DSA__F32X8_INLINE dsa__f32x8 dsa__pick8(dsa__f32x8 mask, dsa__f32x8 a, dsa__f32x8 b)
+{
+    return dsa__pair8(vbslq_f32(dsa__bits4(mask.lo), a.lo, b.lo), vbslq_f32(dsa__bits4(mask.hi), a.hi, b.hi));
+}
+DSA__F32X8_INLINE dsa__f32x8 dsa__max8(dsa__f32x8 a, dsa__f32x8 b) { return dsa__pick8(dsa__less8(b, a), a, b); }     /* a > b ? a : b */
+
+/* x 2^n, where n is the whole number that was added to 1.5 2^23 to give t. No overflow: x 2^n must be a normal number. */
+DSA__F32X8_INLINE dsa__f32x8 dsa__scale8(dsa__f32x8 x, dsa__f32x8 t)
+{
+    return dsa__pair8(dsa__mask4(vaddq_u32(dsa__bits4(x.lo), vshlq_n_u32(dsa__bits4(t.lo), 23))),
+                      dsa__mask4(vaddq_u32(dsa__bits4(x.hi), vshlq_n_u32(dsa__bits4(t.hi), 23))));
+}
+
+/* Eight e4m3 as f32. seeeemmm becomes the half s0eeeemmm0000000, 2^-8 of it, subnormals included (the conversion heeds no
+   flush-to-zero mode). The NaN code is all ones: only there the sum carries into the free bit and makes the half a NaN too. */
+DSA__F32X8_INLINE dsa__f32x8 dsa__widen_e4m3_neon(int8x8_t x)
+{
+    uint16x8_t h = vreinterpretq_u16_s16(vshll_n_s8(x, 7));
+    uint16x8_t nan = vandq_u16(vaddq_u16(vandq_u16(h, vdupq_n_u16(0x3F80)), vdupq_n_u16(0x0080)), vdupq_n_u16(0x4000));
+    float16x8_t y = vreinterpretq_f16_u16(vorrq_u16(vandq_u16(h, vdupq_n_u16(0xBFFF)), nan));
+    return dsa__pair8(vmulq_n_f32(vcvt_f32_f16(vget_low_f16(y)), 256.0f), vmulq_n_f32(vcvt_high_f32_f16(y), 256.0f));
+}
+
+/* 16 values of a cache row as f32, unscaled. */
+DSA__F32X8_INLINE void dsa__widen16(dsa_type format, const unsigned char *x, dsa__f32x8 *lo, dsa__f32x8 *hi)
+{
+    uint8x16_t b = vld1q_u8(x);
+    if (format == DSA_F32) {
+        *lo = dsa__pair8(vreinterpretq_f32_u8(b), vreinterpretq_f32_u8(vld1q_u8(x + 16)));
+        *hi = dsa__pair8(vreinterpretq_f32_u8(vld1q_u8(x + 32)), vreinterpretq_f32_u8(vld1q_u8(x + 48)));
+    } else if (format == DSA_BF16) {
+        uint16x8_t y = vreinterpretq_u16_u8(b), z = vreinterpretq_u16_u8(vld1q_u8(x + 16));
+        *lo = dsa__pair8(dsa__mask4(vshll_n_u16(vget_low_u16(y), 16)), dsa__mask4(vshll_high_n_u16(y, 16)));
+        *hi = dsa__pair8(dsa__mask4(vshll_n_u16(vget_low_u16(z), 16)), dsa__mask4(vshll_high_n_u16(z, 16)));
+    } else if (format == DSA_INT8) {
+        int16x8_t y = vmovl_s8(vreinterpret_s8_u8(vget_low_u8(b))), z = vmovl_high_s8(vreinterpretq_s8_u8(b));
+        *lo = dsa__pair8(vcvtq_f32_s32(vmovl_s16(vget_low_s16(y))), vcvtq_f32_s32(vmovl_high_s16(y)));
+        *hi = dsa__pair8(vcvtq_f32_s32(vmovl_s16(vget_low_s16(z))), vcvtq_f32_s32(vmovl_high_s16(z)));
+    } else {
+        *lo = dsa__widen_e4m3_neon(vreinterpret_s8_u8(vget_low_u8(b)));
+        *hi = dsa__widen_e4m3_neon(vreinterpret_s8_u8(vget_high_u8(b)));
+    }
+}
+
+/* Lane j of the result is the sum of x[8 j .. 8 j + 8), as ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)). */
+DSA__F32X8_INLINE float32x4_t dsa__sums4_neon(const float *x)
+{
+    float32x4_t a = vpaddq_f32(vld1q_f32(x), vld1q_f32(x + 4)), b = vpaddq_f32(vld1q_f32(x + 8), vld1q_f32(x + 12));
+    float32x4_t c = vpaddq_f32(vld1q_f32(x + 16), vld1q_f32(x + 20)), d = vpaddq_f32(vld1q_f32(x + 24), vld1q_f32(x + 28));
+    return vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d));
+}
+DSA__F32X8_INLINE dsa__f32x8 dsa__sums8(const float *x) { return dsa__pair8(dsa__sums4_neon(x), dsa__sums4_neon(x + 32)); }
+
+/* y[i][j] = x[j][i] for 8 x 8 */
+DSA__F32X8_INLINE void dsa__transpose8(const float *x, int64_t ldx, float *y, int64_t ldy)
+{
+    int32_t i;
+    for (i = 0; i < 4; i++) {                            /* a quarter at a time */
+        const float *from = x + i / 2 * 4 * ldx + i % 2 * 4;
+        float *to = y + i % 2 * 4 * ldy + i / 2 * 4;
+        float32x4_t a = vld1q_f32(from), b = vld1q_f32(from + ldx), c = vld1q_f32(from + 2 * ldx), d = vld1q_f32(from + 3 * ldx);
+        float64x2_t ab = vreinterpretq_f64_f32(vzip1q_f32(a, b)), AB = vreinterpretq_f64_f32(vzip2q_f32(a, b));
+        float64x2_t cd = vreinterpretq_f64_f32(vzip1q_f32(c, d)), CD = vreinterpretq_f64_f32(vzip2q_f32(c, d));
+        vst1q_f32(to, vreinterpretq_f32_f64(vzip1q_f64(ab, cd)));
+        vst1q_f32(to + ldy, vreinterpretq_f32_f64(vzip2q_f64(ab, cd)));
+        vst1q_f32(to + 2 * ldy, vreinterpretq_f32_f64(vzip1q_f64(AB, CD)));
+        vst1q_f32(to + 3 * ldy, vreinterpretq_f32_f64(vzip2q_f64(AB, CD)));
+    }
+}
+
+/* The one hot loop: c[r][0..16) = Sum_d a[r][d] b[d][0..16) for rows <= 4, d = 0, 1, 2, .. one fma after the other.
+   4 rows x 4 vectors: 16 sums hide the latency of four fma units, and with 4 values of each row and 4 vectors of b all lies in
+   registers. A row's values come four to a load and are multiplied by lane: a load that repeats one value would take up a vector
+   unit on most cores. Absent rows repeat the last one. Then, by `how`: as in >>avx2. */
+DSA__F32X8_INLINE void dsa__tile8(int how, int32_t rows, int32_t depth, const float *a, int64_t lda, const float *b, int64_t ldb,
+                            float *y, int64_t ldy, const float *w)
+{
+    const float *a0 = a, *a1 = rows > 1 ? a0 + lda : a0, *a2 = rows > 2 ? a1 + lda : a1, *a3 = rows > 3 ? a2 + lda : a2;
+    const int32_t tall = how == DSA__TILE_ADD ? rows : 4;
+    float *y0 = y, *y1 = tall > 1 ? y0 + ldy : y0, *y2 = tall > 2 ? y1 + ldy : y1, *y3 = tall > 3 ? y2 + ldy : y2;
+    dsa__f32x8 c0, c1, c2, c3, d0, d1, d2, d3;
+    float32x4_t x0, x1, x2, x3, b0, b1, b2, b3;
+    int32_t i;
+    c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = dsa__set8(0.0f);
+    if (how == DSA__TILE_ADD) {
+#define DSA__ROW(r) \
+        c##r = dsa__set8(w[tall > r ? r : tall - 1]); \
+        d##r = dsa__mul8(c##r, dsa__load8(y##r + 8)); c##r = dsa__mul8(c##r, dsa__load8(y##r));
+        DSA__ROW(0) DSA__ROW(1) DSA__ROW(2) DSA__ROW(3)
+#undef DSA__ROW
+    }
+#define DSA__ROW(r, lane) \
+    c##r.lo = vfmaq_laneq_f32(c##r.lo, b0, x##r, lane); c##r.hi = vfmaq_laneq_f32(c##r.hi, b1, x##r, lane); \
+    d##r.lo = vfmaq_laneq_f32(d##r.lo, b2, x##r, lane); d##r.hi = vfmaq_laneq_f32(d##r.hi, b3, x##r, lane);
+#define DSA__STEP(lane) \
+    b0 = vld1q_f32(b); b1 = vld1q_f32(b + 4); b2 = vld1q_f32(b + 8); b3 = vld1q_f32(b + 12); b += ldb; \
+    DSA__ROW(0, lane) DSA__ROW(1, lane) DSA__ROW(2, lane) DSA__ROW(3, lane)
+    for (i = 0; i + 4 <= depth; i += 4) {
+        x0 = vld1q_f32(a0 + i); x1 = vld1q_f32(a1 + i); x2 = vld1q_f32(a2 + i); x3 = vld1q_f32(a3 + i);
+        DSA__STEP(0) DSA__STEP(1) DSA__STEP(2) DSA__STEP(3)
+    }
+    for (; i < depth; i++) {
+        x0 = vdupq_n_f32(a0[i]); x1 = vdupq_n_f32(a1[i]); x2 = vdupq_n_f32(a2[i]); x3 = vdupq_n_f32(a3[i]);
+        DSA__STEP(0)
+    }
+#undef DSA__STEP
+#undef DSA__ROW
+    if (how == DSA__TILE_FOLD) {
+        const dsa__f32x8 zero = dsa__set8(0.0f), w0 = dsa__load8(w), w1 = dsa__load8(w + 8), m0 = dsa__load8(w + 16), m1 = dsa__load8(w + 24);
+#define DSA__ROW(r) \
+        c##r = dsa__fma8(w0, dsa__and8(dsa__max8(zero, c##r), m0), dsa__load8(y##r)); \
+        dsa__store8(y##r, dsa__fma8(w1, dsa__and8(dsa__max8(zero, d##r), m1), c##r));
+        DSA__ROW(0) DSA__ROW(1) DSA__ROW(2) DSA__ROW(3)
+#undef DSA__ROW
+        return;
+    }
+    dsa__store8(y0, c0); dsa__store8(y0 + 8, d0);
+    dsa__store8(y1, c1); dsa__store8(y1 + 8, d1);
+    dsa__store8(y2, c2); dsa__store8(y2 + 8, d2);
+    dsa__store8(y3, c3); dsa__store8(y3 + 8, d3);
+}
+#endif
+
+/* ============================================================================================
+   >>f32x8                                    scoring and attention in f32, eight lanes at a time
+   ============================================================================================
+   One text for AVX2 and NEON: no build has both, and seen as eight lanes (one register, or two of NEON's) they differ only in
+   the dozen operations, the widening of cache values and the one hot loop of the section above. All arithmetic is f32 fma. Rows are
+   widened once per call into scratch, so every format runs the same loops; that costs 2-6 % of the products at 64 heads. */
+#ifdef DSA__F32X8
+#define DSA__COLS 16                                     /* heads (or dims of the output) side by side in one tile */
+#ifndef DSA__WIDE_KEYS
+#define DSA__WIDE_KEYS 24                                /* keys widened at a time: 12 KiB at D = 128, beside 8 KiB of heads in L1 */
+#endif
+
+static int64_t dsa__round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+
+/* e^x for x <= 0, within 2 ulp; 0 below -87, NaN stays NaN. As dsa__exp, but n is rounded to nearest by adding 1.5 2^23, and
+   with fma the reduction loses nothing. */
+DSA__F32X8_INLINE dsa__f32x8 dsa__exp8(dsa__f32x8 x)
+{
+    dsa__f32x8 low = dsa__set8(-87.0f), magic = dsa__set8(12582912.0f), c = dsa__max8(x, low), t, n, r, y;
+    t = dsa__fma8(c, dsa__set8(1.44269504f), magic);
+    n = dsa__sub8(t, magic);
+    r = dsa__fma8(n, dsa__set8(-0.693145752f), c);
+    r = dsa__fma8(n, dsa__set8(-1.42860677e-6f), r);
+    y = dsa__fma8(dsa__set8(1.0f / 5040.0f), r, dsa__set8(1.0f / 720.0f));
+    y = dsa__fma8(y, r, dsa__set8(1.0f / 120.0f));
+    y = dsa__fma8(y, r, dsa__set8(1.0f / 24.0f));
+    y = dsa__fma8(y, r, dsa__set8(1.0f / 6.0f));
+    y = dsa__fma8(y, r, dsa__set8(0.5f));
+    y = dsa__fma8(y, r, dsa__set8(1.0f));
+    y = dsa__fma8(y, r, dsa__set8(1.0f));
+    y = dsa__pick8(dsa__less8(x, low), dsa__set8(0.0f), dsa__scale8(y, t));
+    return dsa__pick8(dsa__equal8(x, x), y, x);
+}
+
+/* n / 16 16ths of a row; `format` and `scaled` are constants in each use, so each is a loop of its own. */
+DSA__F32X8_INLINE void dsa__widen_loop_f32x8(dsa_type format, int scaled, int32_t n, const unsigned char *x, float scale, float *y)
+{
+    const int32_t size = format == DSA_F32 ? 4 : (format == DSA_BF16 ? 2 : 1);
+    const dsa__f32x8 s = dsa__set8(scale);
+    dsa__f32x8 lo, hi;
+    for (; n >= 16; n -= 16, x += 16 * size, y += 16) {
+        dsa__widen16(format, x, &lo, &hi);
+        if (scaled) { lo = dsa__mul8(lo, s); hi = dsa__mul8(hi, s); }
+        dsa__store8(y, lo);
+        dsa__store8(y + 8, hi);
+    }
+}
+
+/* y[0 .. n) = x, times scale in FP8, in whole vectors of 16: y has room for 15 more. Never reads past x's end. */
+static DSA__F32X8 void dsa__widen_f32x8(dsa_type format, int32_t n, const unsigned char *x, float scale, float *y)
+{
+    const int32_t size = format == DSA_F32 ? 4 : (format == DSA_BF16 ? 2 : 1), whole = n & ~15;
+    unsigned char tail[64] = {0};
+    if (format == DSA_F32)       dsa__widen_loop_f32x8(DSA_F32, 0, n, x, scale, y);
+    else if (format == DSA_BF16) dsa__widen_loop_f32x8(DSA_BF16, 0, n, x, scale, y);
+    else if (format == DSA_INT8) dsa__widen_loop_f32x8(DSA_INT8, 0, n, x, scale, y);
+    else if (scale == 1.0f)      dsa__widen_loop_f32x8(DSA_FP8, 0, n, x, scale, y);
+    else                         dsa__widen_loop_f32x8(DSA_FP8, 1, n, x, scale, y);
+    if (whole == n) return;
+    memcpy(tail, x + whole * size, (size_t)((n - whole) * size));
+    dsa__widen_f32x8(format, 16, tail, scale, y + whole);
+}
+
+/* Heads packed in groups of 16: [dim][16], absent ones zero; groups start `stride` floats apart. */
+static void dsa__pack_f32x8(int32_t n_heads, int32_t dim, const float *q, float *packed, int64_t stride)
+{
+    int32_t h, d;
+    for (h = 0; h < (n_heads + DSA__COLS - 1) / DSA__COLS * DSA__COLS; h++) {
+        float *lane = packed + h / DSA__COLS * stride + h % DSA__COLS;
+        for (d = 0; d < dim; d++) lane[d * DSA__COLS] = h < n_heads ? q[(int64_t)h * dim + d] : 0.0f;
+    }
+}
+
+/* Asks for a row that the next tiles will need. */
+static void dsa__prefetch_f32x8(const unsigned char *row, int32_t bytes)
+{
+    int32_t i;
+    for (i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 1);
+}
+
+/* The tile's three uses, each a function of its own (see dsa__tile8). */
+static DSA__F32X8 void dsa__tile_set_f32x8(int32_t rows, int32_t depth, const float *a, int64_t lda, const float *b, float *y)
+{
+    dsa__tile8(DSA__TILE_SET, rows, depth, a, lda, b, DSA__COLS, y, DSA__COLS, NULL);
+}
+
+static DSA__F32X8 void dsa__tile_fold_f32x8(int32_t rows, int32_t depth, const float *a, int64_t lda, const float *b, const float *w, float *y)
+{
+    dsa__tile8(DSA__TILE_FOLD, rows, depth, a, lda, b, DSA__COLS, y, 8, w);
+}
+
+static DSA__F32X8 void dsa__tile_add_f32x8(int32_t rows, int32_t depth, const float *a, int64_t lda, const float *b, int64_t ldb,
+                                           const float *keep, float *y, int64_t ldy)
+{
+    dsa__tile8(DSA__TILE_ADD, rows, depth, a, lda, b, ldb, y, ldy, keep);
+}
+
+/* A prepared query of the indexer, per group of 16 heads: q [dim][16], w [16], and a mask [16] that is all ones for a head that is
+   there. An absent head's product with a key of infinities would be NaN. */
+static size_t dsa__query_bytes_f32x8(dsa_type format, int32_t n_heads, int32_t dim)
+{
+    (void)format;
+    return sizeof(float) * (size_t)dsa__round_up(n_heads, DSA__COLS) * ((size_t)dim + 2);
+}
+
+static void dsa__query_pack_f32x8(dsa_type format, int32_t n_heads, int32_t dim, const float *q, const float *w, void *packed)
+{
+    int64_t stride = ((int64_t)dim + 2) * DSA__COLS;
+    const uint32_t ones = 0xFFFFFFFFu;
+    int32_t h;
+    memset(packed, 0, dsa__query_bytes_f32x8(format, n_heads, dim));
+    dsa__pack_f32x8(n_heads, dim, q, (float *)packed, stride);
+    for (h = 0; h < n_heads; h++) {
+        float *tail = (float *)packed + h / DSA__COLS * stride + (int64_t)dim * DSA__COLS + h % DSA__COLS;
+        tail[0] = w[h];
+        memcpy(tail + DSA__COLS, &ones, 4);
+    }
+}
+
+/* Scratch: keys as f32 [WIDE_KEYS][dim'], running sums [WIDE_KEYS][8]. */
+static size_t dsa__score_bytes_f32x8(dsa_type format, int32_t n_heads, int32_t dim)
+{
+    (void)format; (void)n_heads;
+    return sizeof(float) * DSA__WIDE_KEYS * (size_t)(dsa__round_up(dim, 16) + 8);
+}
+
+/* Head h of a group goes into sum h % 8 of its key, groups ascending; the eight are added as a tree at the end. The keys of the
+   next round are prefetched tile by tile; after the last ones given, those that would follow in memory: most often they come next. */
+static DSA__F32X8 void dsa__score_f32x8(dsa_type format, int32_t n_heads, int32_t dim, int32_t n_q, const void *const *queries, int32_t n,
+                                        const unsigned char *const *rows, const float *scales, float *I, int64_t ldi, void *scratch)
+{
+    const int64_t ldk = dsa__round_up(dim, 16);
+    const int32_t bytes = dim * (format == DSA_F32 ? 4 : (format == DSA_BF16 ? 2 : 1));
+    float *k = (float *)scratch, *sums = k + DSA__WIDE_KEYS * ldk, s8[8];
+    int32_t at, m, t, h, j, i;
+    for (at = 0; at < n; at += m) {
+        int32_t next = at, n_tiles, due = 0;
+        m = dsa__min32(DSA__WIDE_KEYS, n - at);
+        n_tiles = (m + DSA__TILE_ROWS - 1) / DSA__TILE_ROWS * ((n_heads + DSA__COLS - 1) / DSA__COLS);
+        for (j = 0; j < m; j++) dsa__widen_f32x8(format, dim, rows[at + j], 1.0f, k + j * ldk);
+        for (t = 0; t < n_q; t++) {
+            const float *q = (const float *)queries[t];
+            for (j = 0; j < DSA__WIDE_KEYS; j++) dsa__store8(sums + 8 * j, dsa__set8(0.0f));
+            for (h = 0; h < n_heads; h += DSA__COLS, q += (dim + 2) * DSA__COLS)
+                for (j = 0; j < m; j += DSA__TILE_ROWS) {
+                    if (t == 0)
+                        for (due += m; due >= n_tiles; due -= n_tiles, next++)
+                            dsa__prefetch_f32x8(next + m < n ? rows[next + m] : rows[n - 1] + (int64_t)(next + m - n + 1) * bytes, bytes);
+                    dsa__tile_fold_f32x8(dsa__min32(DSA__TILE_ROWS, m - j), dim, k + j * ldk, ldk, q, q + dim * DSA__COLS, sums + 8 * j);
+                }
+            for (j = 0; j < m; j += 8) {
+                dsa__store8(s8, dsa__sums8(sums + 8 * j));
+                for (i = 0; i < dsa__min32(8, m - j); i++) I[t * ldi + at + j + i] = scales ? s8[i] * scales[at + j + i] : s8[i];
+            }
+        }
+    }
+}
+
+static size_t dsa__attend_query_bytes_f32x8(const dsa__attend_shape *s)
+{
+    return sizeof(float) * (size_t)(dsa__round_up(s->n_heads, DSA__COLS) * ((int64_t)s->dim_latent + s->dim_rope));
+}
+
+static void dsa__attend_pack_f32x8(const dsa__attend_shape *s, const float *q, void *packed)
+{
+    int32_t dim = s->dim_latent + s->dim_rope;
+    dsa__pack_f32x8(s->n_heads, dim, q, (float *)packed, (int64_t)dim * DSA__COLS);
+}
+
+/* Floats from one widened row to the next: room for the overhang of two parts, and an odd number of cache lines, so that a column of
+   16 dims spreads over all sets of L1. */
+static int64_t dsa__attend_stride_f32x8(const dsa__attend_shape *s)
+{
+    return ((dsa__round_up((int64_t)s->dim_latent + s->dim_rope + 15, 16) / 16) | 1) * 16;
+}
+
+/* Scratch: rows as f32 [F32_ROWS][stride], logits of one group [F32_ROWS][16], weights p [H'][F32_ROWS] and keep [H'] with
+   H' = 16 ceil(H/16), one edge tile. */
+static size_t dsa__attend_bytes_f32x8(const dsa__attend_shape *s)
+{
+    return sizeof(float) * (size_t)(DSA__ROWS * (dsa__attend_stride_f32x8(s) + DSA__COLS) +
+                                    (DSA__ROWS + 1) * dsa__round_up(s->n_heads, DSA__COLS) + DSA__TILE_ROWS * DSA__COLS);
+}
+
+static int32_t dsa__latent_bytes_f32x8(const dsa__attend_shape *s)
+{
+    int32_t R = s->dim_latent, r = s->dim_rope;
+    return s->format == DSA_F32 ? 4 * (R + r) : (s->format == DSA_BF16 ? 2 * (R + r) : R + (R + 127) / 128 * 4 + 2 * r);
+}
+
+/* A cache row as f32: [R + r]. */
+static DSA__F32X8 void dsa__widen_latent_f32x8(const dsa__attend_shape *s, const unsigned char *row, float *y)
+{
+    int32_t R = s->dim_latent, d;
+    const unsigned char *scales = row + R;
+    float scale;
+    if (s->format != DSA_FP8) {
+        dsa__widen_f32x8(s->format, R + s->dim_rope, row, 1.0f, y);
+        return;
+    }
+    for (d = 0; d < R; d += 128) {                       /* R e4m3 | ceil(R/128) f32 scales | r bf16 (spec 6.1) */
+        memcpy(&scale, scales + d / 128 * 4, 4);
+        dsa__widen_f32x8(DSA_FP8, dsa__min32(128, R - d), row + d, scale, y + d);
+    }
+    dsa__widen_f32x8(DSA_BF16, s->dim_rope, scales + (R + 127) / 128 * 4, 1.0f, y + R);
+}
+
+/* The softmax of eight heads over n logits x [n][16]: updates max and sum [8], gives what to keep of the old output [8] and the
+   weights p [8][F32_ROWS]. Each head is a lane of its own; its terms are added in the order of the rows. */
+static DSA__F32X8 void dsa__softmax_f32x8(int32_t n, float scale, float *x, float *max, float *sum, float *keep, float *p)
+{
+    const dsa__f32x8 zero = dsa__set8(0.0f), none = dsa__set8(-dsa__infinity()), f = dsa__set8(scale), old = dsa__load8(max);
+    dsa__f32x8 m = old, add = zero, e;
+    int32_t j;
+    for (j = 0; j < n; j++) m = dsa__max8(dsa__mul8(dsa__load8(x + 16 * j), f), m);              /* a NaN logit leaves m */
+    for (j = 0; j < n; j++) {                            /* -inf weighs nothing, whatever m is */
+        e = dsa__mul8(dsa__load8(x + 16 * j), f);
+        e = dsa__pick8(dsa__equal8(e, none), zero, dsa__exp8(dsa__sub8(e, m)));
+        dsa__store8(x + 16 * j, e);
+        add = dsa__add8(add, e);
+    }
+    for (j = 0; j < n; j += 8) dsa__transpose8(x + 16 * j, 16, p + j, DSA__ROWS);
+    e = dsa__pick8(dsa__equal8(old, none), zero, dsa__exp8(dsa__sub8(old, m)));
+    dsa__store8(keep, e);
+    dsa__store8(sum, dsa__fma8(dsa__load8(sum), e, add));
+    dsa__store8(max, m);
+}
+
+static DSA__F32X8 void dsa__attend_f32x8(const dsa__attend_shape *s, const void *packed, int32_t n, int32_t n_ahead,
+                                         const unsigned char *const *rows, float *max, float *sum, float *out, void *scratch)
+{
+    const int64_t ldv = dsa__attend_stride_f32x8(s), dim_v = s->dim_v, groups = dsa__round_up(s->n_heads, DSA__COLS);
+    const int32_t H = s->n_heads, dim = s->dim_latent + s->dim_rope, bytes = dsa__latent_bytes_f32x8(s);
+    float *kv = (float *)scratch, *x = kv + DSA__ROWS * ldv, *p = x + DSA__ROWS * DSA__COLS, *keep = p + groups * DSA__ROWS;
+    float *edge = keep + groups;
+    int32_t j, h, i, d, wide, tall;
+    for (j = 0; j < n; j++) {
+        if (j + DSA__AHEAD < n + n_ahead) dsa__prefetch_f32x8(rows[j + DSA__AHEAD], bytes);
+        dsa__widen_latent_f32x8(s, rows[j], kv + j * ldv);
+    }
+    for (h = 0; h < H; h += DSA__COLS) {
+        float m16[16] = {0}, s16[16] = {0};
+        const float *q = (const float *)packed + (int64_t)h * dim;
+        const size_t size = sizeof(float) * (size_t)dsa__min32(DSA__COLS, H - h);
+        for (j = 0; j < n; j += DSA__TILE_ROWS)
+            dsa__tile_set_f32x8(dsa__min32(DSA__TILE_ROWS, n - j), dim, kv + j * ldv, ldv, q, x + j * DSA__COLS);
+        memcpy(m16, max + h, size);
+        memcpy(s16, sum + h, size);
+        for (i = 0; i < 16; i += 8) dsa__softmax_f32x8(n, s->scale, x + i, m16 + i, s16 + i, keep + h + i, p + (int64_t)(h + i) * DSA__ROWS);
+        memcpy(max + h, m16, size);
+        memcpy(sum + h, s16, size);
+    }
+    for (d = 0; d < s->dim_v; d += DSA__COLS) {          /* a column of 16 dims lies in L1 while all heads pass over it */
+        wide = dsa__min32(DSA__COLS, s->dim_v - d);
+        for (h = 0; h < H; h += DSA__TILE_ROWS) {
+            const float *ph = p + (int64_t)h * DSA__ROWS;
+            float *o = out + h * dim_v + d;
+            tall = dsa__min32(DSA__TILE_ROWS, H - h);
+            if (wide == DSA__COLS) {
+                dsa__tile_add_f32x8(tall, n, ph, DSA__ROWS, kv + d, ldv, keep + h, o, dim_v);
+                continue;
+            }
+            for (i = 0; i < tall; i++) memcpy(edge + i * DSA__COLS, o + i * dim_v, sizeof(float) * (size_t)wide);
+            dsa__tile_add_f32x8(tall, n, ph, DSA__ROWS, kv + d, ldv, keep + h, edge, DSA__COLS);
+            for (i = 0; i < tall; i++) memcpy(o + i * dim_v, edge + i * DSA__COLS, sizeof(float) * (size_t)wide);
+        }
+    }
+}
+
+static DSA__F32X8 void dsa__query_round_f32x8(dsa_type format, int hadamard, int32_t n_heads, int32_t dim, const float *q, const float *w,
+                                              float *x, float *v)
+{
+    dsa__round_heads(format, hadamard, n_heads, dim, q, w, x, v);
+}
+#endif
+
+/* ============================================================================================
+   >>avx512                                   selection, scoring and attention with AVX-512
    ============================================================================================ */
 #if defined(DSA__X86)
 #if !defined(__clang__)                      /* g++ 12 warns about its own intrinsics (gcc bug 105593) */
@@ -2818,11 +3386,21 @@ static const dsa__kernels dsa__kernels_ref = {
     dsa__ref_filter, dsa__ref_count, dsa__ref_keep
 };
 
+#ifdef DSA__ARM
+static const dsa__kernels dsa__kernels_neon = {
+    DSA_ISA_NEON,
+    dsa__query_round_f32x8, dsa__query_bytes_f32x8, dsa__query_pack_f32x8, dsa__score_bytes_f32x8, dsa__score_f32x8,
+    dsa__attend_query_bytes_f32x8, dsa__attend_pack_f32x8, dsa__attend_bytes_f32x8, dsa__attend_f32x8,
+    dsa__ref_dots, dsa__ref_axpys,
+    dsa__ref_filter, dsa__ref_count, dsa__ref_keep
+};
+#endif
+
 #ifdef DSA__X86
 static const dsa__kernels dsa__kernels_avx2 = {
     DSA_ISA_AVX2,
-    dsa__ref_query_round, dsa__ref_query_bytes, dsa__ref_query_pack, dsa__ref_score_bytes, dsa__ref_score,
-    dsa__ref_attend_query_bytes, dsa__ref_attend_pack, dsa__ref_attend_bytes, dsa__ref_attend,
+    dsa__query_round_f32x8, dsa__query_bytes_f32x8, dsa__query_pack_f32x8, dsa__score_bytes_f32x8, dsa__score_f32x8,
+    dsa__attend_query_bytes_f32x8, dsa__attend_pack_f32x8, dsa__attend_bytes_f32x8, dsa__attend_f32x8,
     dsa__ref_dots, dsa__ref_axpys,
     dsa__filter_avx2, dsa__count_avx2, dsa__keep_avx2
 };
@@ -2888,6 +3466,9 @@ static const dsa__kernels *dsa__kernels_for(dsa_isa isa)
     if ((has & DSA__HAS_AVX512) && (isa == DSA_ISA_AUTO || isa == DSA_ISA_AVX512))
         return has & DSA__HAS_BF16 ? &dsa__kernels_avx512 : (has & DSA__HAS_VNNI ? &dsa__kernels_avx512_vnni : &dsa__kernels_avx512_base);
     if ((has & DSA__HAS_AVX2) && (isa == DSA_ISA_AUTO || isa == DSA_ISA_AVX2)) return &dsa__kernels_avx2;
+#endif
+#ifdef DSA__ARM
+    if (isa == DSA_ISA_AUTO || isa == DSA_ISA_NEON) return &dsa__kernels_neon;
 #endif
     if (isa == DSA_ISA_AUTO || isa == DSA_ISA_SCALAR) return &dsa__kernels_ref;
     return NULL;

@@ -43,7 +43,7 @@ demo: build/demo
 test: build/test
 	build/test
 
-check: build/test build/conformance
+check: build/test $(TOOLS)
 	CC='$(CC)' sh tests/check.sh
 
 bench: build/bench

@@ -155,6 +155,57 @@ with_blis() {
     conformance $OUT/conformance_blis
 }
 
+# The README's quick start is that of the first example, and its table names every public function.
+readme() {
+    sed -n '/The quick start: describe/,/workspace_size = sizeof workspace/p' examples/01_quick_start.c | sed 's/^    //' > $OUT/quick_start
+    sed -n '/^```c$/,/^```$/p' README.md | sed '1d;$d' | cmp - $OUT/quick_start && [ -s $OUT/quick_start ] || return 1
+    for call in $(grep '^DSA_API ' dsa.h | grep -oE '\bdsa_[a-z0-9][a-z0-9_]*\(' | tr -d '(' | sort -u); do
+        grep -q "\`$call\`" README.md || { echo "README.md does not name $call"; return 1; }
+    done
+}
+
+# The tool itself, not only its engine, continues the reference's prompt with the reference's bytes.
+greedy() {
+    python3 - > $OUT/greedy <<'END'
+import json, struct, sys
+data = open('examples/tiny-dsa/reference.safetensors', 'rb').read()
+n = struct.unpack('<Q', data[:8])[0]
+t = json.loads(data[8:8 + n])['greedy']
+begin, end = (8 + n + x for x in t['data_offsets'])
+sys.stdout.buffer.write(bytes(struct.unpack('<%d%s' % (t['shape'][1], {'I32': 'i', 'I64': 'q'}[t['dtype']]), data[begin:end])))
+END
+    build/generate examples/tiny-dsa --prompt 'And it came to pass, that ' --tokens 200 --threads 2 | cmp - $OUT/greedy
+}
+
+# exits STATUS COMMAND...: with that status, and, where it is 2, one line on standard error that names the culprit in $culprit.
+exits() {
+    want=$1
+    shift
+    "$@" >$OUT/stdout 2>$OUT/stderr
+    got=$?
+    [ $got = "$want" ] || { echo "status $got instead of $want: $*"; return 1; }
+    [ "$want" != 2 ] || grep -q -- "$culprit" $OUT/stderr || { echo "no '$culprit' on standard error: $*"; return 1; }
+}
+
+# Statuses of the tools, and what they say of broken files. tests/fuzz_loader.c has the hostile ones.
+statuses() {
+    rm -rf $OUT/model && mkdir -p $OUT/model && cp examples/tiny-dsa/config.json $OUT/model
+    for tool in conformance generate needle demo; do
+        exits 0 build/$tool --help && culprit=--nonsense exits 2 build/$tool --nonsense 1 || return 1
+        ! build/$tool --help >/dev/full 2>/dev/null || { echo "$tool does not notice that its output is lost"; return 1; }
+    done
+    culprit=model.safetensors exits 2 build/generate $OUT/model --prompt x --tokens 1 || return 1
+    head -c 7000000 examples/tiny-dsa/model.safetensors > $OUT/model/model.safetensors
+    culprit=truncated exits 2 build/generate $OUT/model --prompt x --tokens 1 &&
+    culprit=truncated exits 2 build/conformance --model $OUT/model examples/tiny-dsa/reference.safetensors || return 1
+    cp examples/tiny-dsa/model.safetensors $OUT/model
+    sed 's/"kv_lora_rank": 128/"kv_lora_rank": 64/' examples/tiny-dsa/config.json > $OUT/model/config.json
+    culprit=kv_a exits 2 build/generate $OUT/model --prompt x --tokens 1 || return 1
+    sed 's/"deepseek_v32"/"llama"/' examples/tiny-dsa/config.json > $OUT/model/config.json
+    culprit=unsupported exits 2 build/needle $OUT/model --text examples/kjv-heldout.txt --context 512 &&
+    culprit=unsupported exits 2 build/conformance examples/tiny-dsa/model.safetensors
+}
+
 sections() {
     python3 tools/sections.py dsa.h --split $OUT/split && $CC -std=c99 -O1 $STRICT -c $OUT/split/dsa.c -o $OUT/split/dsa.o
 }
@@ -184,6 +235,9 @@ lane_1() {
     for source in examples/[0-9]*.c; do
         step "example $(basename "$source" .c)" example "$(basename "$source" .c)"
     done
+    step 'README' readme
+    step 'statuses of the tools' statuses
+    needs python3 'generate, greedy bytes' && step 'generate, greedy bytes' greedy
     step 'conformance' conformance build/conformance
     if [ -e /usr/include/blis.h ] || [ -e "/usr/include/$(uname -m)-linux-gnu/blis.h" ]; then
         step 'conformance with BLIS' with_blis

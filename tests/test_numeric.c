@@ -311,6 +311,9 @@ TEST scales_stay_finite(void)
     ASSERT_EQ_FMT(0x00, y[1], "%02x");
     ASSERT_EQ_FMT(0x7F, y[2] & 0x7F, "%02x");
     ASSERT_EQ_FMT(0x7E, y[3], "%02x");
+    const float with_nan[3] = { 1, NAN, -2 };
+    ASSERT_EQ_FMT(0x1p-7, (double)dsa_quantize_e4m3(with_nan, 3, y), "%g");     /* 2^ceil(log2(2 / 448)) */
+    ASSERT_EQ_FMT(0xF8, y[2], "%02x");                              /* -256 */
     x[2] = 2;
     s = dsa_quantize_int8(x, 4, z);
     ASSERT_EQ_FMT((double)(FLT_MAX / 127), (double)s, "%g");

@@ -27,7 +27,7 @@ static const char peers_help[] =
     "usage: bench_peers [--threads LIST] [--isa NAME] [--huge]\n"
     "\n"
     "Prints milliseconds of dsa.h and of the GEMM libraries this program was built with, DeepSeek-V3.2's shapes, cold rows, medians.\n"
-    "Options as in bench. Exit status: 0 success, 1 a check failed, 2 bad usage.\n";
+    "A line with BUSY was measured while other processes took processors from this one. Options as in bench. Exit status: 0 success, 1 a check failed, 2 bad usage.\n";
 
 typedef enum peer { ONEDNN_BF16 = 0, ONEDNN_S8, ONEDNN_F32, OPENBLAS_F32, BLIS_F32, N_PEERS } peer;
 static const char *const peer_names[N_PEERS] = { "oneDNN bf16", "oneDNN s8", "oneDNN f32", "OpenBLAS f32", "BLIS f32" };
@@ -338,18 +338,20 @@ static double typical(bench *b, void (*run)(bench *, void *, int64_t), void *sta
     return median(samples, n);
 }
 
-static void print_row(const char *name, int64_t queries, int64_t context, int64_t threads, const double *dsa, const double *peers, double floor_s)
+static void print_row(const bench *b, const char *name, int64_t queries, int64_t context, int64_t threads, const double *dsa, const double *peers, double floor_s)
 {
     printf("%-20s %7lld %8lld %7lld", name, (long long)queries, (long long)context, (long long)threads);
     for (int i = 0; i < 3; i++) if (dsa[i] > 0) printf(" %9.3f", 1e3 * dsa[i]); else printf(" %9s", "-");
     for (int i = 0; i < N_PEERS; i++) if (peers[i] > 0) printf(" %12.3f", 1e3 * peers[i]); else printf(" %12s", "-");
-    if (floor_s > 0) printf(" %10.3f\n", 1e3 * floor_s); else printf(" %10s\n", "-");
+    if (floor_s > 0) printf(" %10.3f", 1e3 * floor_s); else printf(" %10s", "-");
+    printf("%s\n", b->m.cpu < 0.9 * b->m.wall ? "  BUSY" : "");   /* while the floor's peaks were measured, just now */
     fflush(stdout);
 }
 
 static double bf16_floor(bench *b, double flops, double bytes)
 {
     double arithmetic = 0, read = 0;
+    b->m.cpu = b->m.wall = 0;
     for (int i = 0; i < 3; i++) {
         arithmetic = fmax(arithmetic, peak_measure(&b->m, unit_of(DSA_BF16, widest_isa()), widest_isa(), NULL));
         read = fmax(read, peak_measure(&b->m, UNIT_READ, widest_isa(), NULL));
@@ -428,7 +430,7 @@ static void peers_score(bench *b, int64_t context, int64_t queries)
     }
     for (int t = 0; t < b->threads.n; t++) {
         set_threads(b, b->threads.x[t]);
-        print_row("score (dsa: + top-k)", queries, context, b->threads.x[t], dsa[t], peers[t],
+        print_row(b, "score (dsa: + top-k)", queries, context, b->threads.x[t], dsa[t], peers[t],
                   bf16_floor(b, 2.0 * HI * D * (double)(context * queries), 256.0 * (double)context));
     }
 }
@@ -541,7 +543,7 @@ static void peers_attention(bench *b, int64_t context, int64_t queries, int dens
     n = pairs(&p, dense ? context : TOP_K);
     for (int t = 0; t < b->threads.n; t++) {
         set_threads(b, b->threads.x[t]);
-        print_row(dense ? "dense_attention" : "sparse_attention", queries, context, b->threads.x[t], own_times[t], peers[t],
+        print_row(b, dense ? "dense_attention" : "sparse_attention", queries, context, b->threads.x[t], own_times[t], peers[t],
                   bf16_floor(b, 2.0 * H * (WIDTH + R) * n, 1152.0 * fmin(n, (double)context)));
     }
 }
@@ -647,9 +649,9 @@ static void peers_layer(bench *b, int64_t context, int64_t queries)
     }
     for (int t = 0; t < b->threads.n; t++) {
         set_threads(b, b->threads.x[t]);
-        print_row("project (dsa: layer)", queries, 64, b->threads.x[t], own_times[t], peers[t],
+        print_row(b, "project (dsa: layer)", queries, 64, b->threads.x[t], own_times[t], peers[t],
                   bf16_floor(b, 2 * layer_parameters() * (double)queries, 2 * layer_parameters()));
-        print_row("layer (gemm hook)", queries, context, b->threads.x[t], own_layer[t], layers[t], 0);
+        print_row(b, "layer (gemm hook)", queries, context, b->threads.x[t], own_layer[t], layers[t], 0);
     }
 }
 

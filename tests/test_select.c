@@ -172,7 +172,7 @@ static void fill_row(brute_rng *r, fill kind, float *x, int64_t n)
         case FILL_SAWTOOTH:      x[i] = (float)(i % 1024); break;
         case FILL_PIPE:          x[i] = (float)(i < n / 2 ? i : n - i); break;
         case FILL_SAMPLE_LOW:    x[i] = (float)(i + 10); break;
-        case FILL_SAMPLE_TIES:   x[i] = u < (i < 6000 ? 0.01 : 0.05) ? 9 : 2 + (float)(int)(4 * u); break;   /* 9: the cut of what follows */
+        case FILL_SAMPLE_TIES:   x[i] = u < (i < 6000 ? 0.01 : 0.05) ? 9 : 2 + (float)(int)(4 * u); break;   /* 9: a later sample's cut */
         default:                 x[i] = (float)brute_normal(r); break;
         }
     }

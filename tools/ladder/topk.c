@@ -2,7 +2,31 @@
 
        cc -O2 -std=c99 -o build/topk tools/ladder/topk.c -lm -pthread && build/topk
 
-   @FINDINGS@
+   The floor is a plain read of the row. Zen 4, k = 2048, us for 64K / 128K / 1M random scores; plain read 10-14 / 19-25 / 150-200
+   on this machine, whose neighbours take their share of the memory, so compare within one run:
+
+    1  digits                        450 /  900 / 6800   bins wait for each other's stores; also 4 passes over the row
+    2  heap of k                     850 / 1030 / 2300   fine where few enter, which takes a long row; 12 levels each, all mispredicted
+    3  stream, no sample              38 /   53 /  220   what the fused kernel uses (there the scores are in L1: 27). Ascending rows
+                                                         let everything in and cost 3 times as much
+    4  maxima, then a scan            25 /   45 /  400   cannot guess too high, and reads everything twice: loses beyond L2
+    5  sample, branch per vector      39 /   62 /  185   at 64K every other vector holds a candidate: the worst for a predictor
+    6  sample, whole stores           22 /   37 /  225   two unaligned 64-byte stores a vector cost more than reading it
+    7  sample, compress to memory    163 /  306 / 2250   microcode on Zen 4, 10 times slower than compress and store
+    8  sample, walk over bits         28 /   46 /  190   a mispredicted loop end for every 64 scores
+    9  sample, branch per 64          18 /   30 /  165   half stores suffice for up to 8 candidates
+   10  sample, twice the buffer       17 /   26 /  150   no gain for random rows; a deceived sample costs more before it shows
+   11  dsa.h, scalar                  55 /  100 /  680
+   12  dsa.h, AVX2                    26 /   52 /  180
+   13  dsa.h, AVX-512                 17 /   26 /  150   64 scores packed at once (VBMI2); within a tenth of the read from 128K on
+
+   Not kept: prefetching 0.5 to 8 KiB ahead (nothing, or 10 % slower), two to eight read streams (up to 10 % faster over 4 KiB
+   pages, nothing over huge ones, and the order of the candidates is lost), interpolation instead of bisection (fewer counts on
+   smooth inputs, twice as many on others), indices alone with the scores gathered later (same speed, one more kernel).
+   The sample: 128 to 256 lines cost 2-3 us cold. Half of them: as fast, but rows of tied blocks fail more often. Its rank plus
+   4 sigma; without counting how many of the high scores share a line, one in ten rows of tied blocks is scanned twice.
+   Hostile inputs, times the random row: at most 1.4, but 1.5-1.6 where exactly the sampled lines are high (two scans), 1.8 at
+   64K where two samples in a row are deceived.
 
    Options: -n COLUMNS, -k K, -v VARIANT, -i INPUT (numbers from the lists that -l prints), -q verifies and times nothing.
    First every variant is compared with qsort on every input and several lengths. Then one thread selects from rows that are in
@@ -309,7 +333,8 @@ DSA__AVX512 static int32_t filter_walk(const float *s, int32_t n, int32_t first,
         uint64_t bits = 0;
         for (l = 0; l < 64 && j + l < n; l += 16) {
             const __mmask16 lanes = dsa__lanes_avx512(n - j - l);
-            bits |= (uint64_t)_mm512_mask_cmp_ps_mask(lanes, _mm512_maskz_loadu_ps(lanes, s + j + l), _mm512_set1_ps(above), _CMP_GT_OQ) << l;
+            const __m512 v = _mm512_maskz_loadu_ps(lanes, s + j + l);
+            bits |= (uint64_t)_mm512_mask_cmp_ps_mask(lanes, v, _mm512_set1_ps(above), _CMP_GT_OQ) << l;
         }
         for (; bits; bits &= bits - 1) {
             l = __builtin_ctzll(bits);
@@ -320,35 +345,8 @@ DSA__AVX512 static int32_t filter_walk(const float *s, int32_t n, int32_t first,
     return m;
 }
 
-/* 9: filter packs 64 at once: byte numbers compressed (AVX-512 VBMI2), scores looked up by them; 4 packs where more than 16 enter */
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx2,fma,f16c,popcnt")))
-static int32_t filter_bytes(const float *s, int32_t n, int32_t first, float above, float *out_s, int32_t *out_i)
-{
-    static const unsigned char numbers[64] = {
-        0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
-        32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63 };
-    const __m512i byte = _mm512_loadu_si512((const void *)numbers);
-    const __m512 a = _mm512_set1_ps(above);
-    int32_t j, m = 0;
-    for (j = 0; j + 64 <= n; j += 64) {
-        const __m512 s0 = _mm512_loadu_ps(s + j), s1 = _mm512_loadu_ps(s + j + 16),
-                     s2 = _mm512_loadu_ps(s + j + 32), s3 = _mm512_loadu_ps(s + j + 48);
-        const __mmask64 mask = _mm512_kunpackd(
-            _mm512_kunpackw(_mm512_cmp_ps_mask(s3, a, _CMP_GT_OQ), _mm512_cmp_ps_mask(s2, a, _CMP_GT_OQ)),
-            _mm512_kunpackw(_mm512_cmp_ps_mask(s1, a, _CMP_GT_OQ), _mm512_cmp_ps_mask(s0, a, _CMP_GT_OQ)));
-        const int32_t p = (int32_t)_mm_popcnt_u64(mask);
-        const __m512i i = _mm512_cvtepu8_epi32(_mm512_castsi512_si128(_mm512_maskz_compress_epi8(mask, byte)));
-        if (p > 16) {
-            m += filter_whole(s + j, 64, first + j, above, out_s + m, out_i + m);
-            continue;
-        }
-        _mm512_storeu_ps(out_s + m, _mm512_mask_blend_ps(_mm512_cmpgt_epi32_mask(i, _mm512_set1_epi32(31)),
-                                                         _mm512_permutex2var_ps(s0, i, s1), _mm512_permutex2var_ps(s2, i, s3)));
-        _mm512_storeu_si512((void *)(out_i + m), _mm512_add_epi32(i, _mm512_set1_epi32(first + j)));
-        m += p;
-    }
-    return m + filter_whole(s + j, n - j, first + j, above, out_s + m, out_i + m);
-}
+/* 9: filter with one branch for 64 scores and half stores: dsa.h where the CPU has no VBMI2 */
+#define filter_groups dsa__filter_avx512
 
 #define WITH_FILTER(name) \
     static int64_t by_##name(const float *s, int64_t n, int64_t k, int32_t *out) \
@@ -361,7 +359,7 @@ WITH_FILTER(branch)
 WITH_FILTER(whole)
 WITH_FILTER(memory)
 WITH_FILTER(walk)
-WITH_FILTER(bytes)
+WITH_FILTER(groups)
 
 /* 10: twice the buffer */
 static int64_t by_large_buffer(const float *s, int64_t n, int64_t k, int32_t *out)
@@ -403,7 +401,7 @@ static const variant variants[] = {
     { "sample; no branch, whole stores", by_whole, DSA_ISA_AVX512 },
     { "sample; compress to memory", by_memory, DSA_ISA_AVX512 },
     { "sample; walk over bits", by_walk, DSA_ISA_AVX512 },
-    { "sample; 64 packed at once as bytes", by_bytes, DSA_ISA_AVX512 },
+    { "sample; a branch per 64, half stores", by_groups, DSA_ISA_AVX512 },
     { "sample; twice the buffer", by_large_buffer, DSA_ISA_AVX512 },
     { "dsa.h, scalar", by_scalar, DSA_ISA_SCALAR },
     { "dsa.h, AVX2", by_avx2, DSA_ISA_AVX2 },
@@ -469,8 +467,8 @@ static float read_scalar(const float *s, int64_t n)
 }
 
 enum { MOST = 400 };
-static const size_t pool_bytes = (size_t)64 << 20;
-static float *pool_random, *pool_other;
+static const size_t pool_bytes = (size_t)128 << 20;
+static float *pool;                          /* rows by turns random and of the input at hand: pages differ in speed, so both share them */
 static int32_t *out;
 static volatile float sink;
 
@@ -478,11 +476,12 @@ static volatile float sink;
 static void time_case(int v, input a, int64_t n, int64_t k)
 {
     double t[3][MOST], us[3];
-    int64_t rows = (int64_t)(pool_bytes / sizeof(float)) / n;
+    int64_t pairs = (int64_t)(pool_bytes / sizeof(float)) / n / 2;
     int reps = n <= 65536 ? 150 : n <= 131072 ? 100 : 30, r;
     if (v < 2) reps = 5;                                             /* ms each */
     for (r = 0; r < reps; r++) {
-        const float *x = pool_random + r * 5 % rows * n, *y = pool_other + r * 5 % rows * n, *z = pool_random + (r * 5 + 2) % rows * n;
+        const float *x = pool + r * 5 % pairs * 2 * n, *y = pool + (r * 5 + 2) % pairs * 2 * n + n,
+                    *z = pool + (r * 5 + 4) % pairs * 2 * n + r % 2 * n;
         double t0 = now(), t1, t2, t3;
         sink = has_avx512 ? read_avx512(z, n) : read_scalar(z, n);
         t1 = now();
@@ -496,15 +495,16 @@ static void time_case(int v, input a, int64_t n, int64_t k)
     }
     for (r = 0; r < 3; r++) us[r] = median(t[r], reps);
     if (a == RANDOM) printf("%8d  %2d %-42s %9.1f us  %6.2f x read\n", (int)n, v + 1, variants[v].name, us[1], us[1] / us[0]);
-    else printf("%8d  %2d %-42s %9.1f us  %6.2f x random  %6.2f x read\n", (int)n, v + 1, input_names[a], us[2], us[2] / us[1], us[2] / us[0]);
+    else printf("%8d  %2d %-42s %9.1f us  %6.2f x random  %6.2f x read\n", (int)n, v + 1, input_names[a],
+                us[2], us[2] / us[1], us[2] / us[0]);
     fflush(stdout);
 }
 
-static void fill_pool(float *pool, input a, int64_t n, int64_t k)
+static void fill_pool(input a, int64_t n, int64_t k)
 {
-    int64_t rows = (int64_t)(pool_bytes / sizeof(float)) / n, r;
+    int64_t pairs = (int64_t)(pool_bytes / sizeof(float)) / n / 2, r;
     random_state = (uint64_t)a + 1;
-    for (r = 0; r < rows; r++) fill(a, pool + r * n, n, k);          /* all different: a CPU learns the branches of a row seen twice */
+    for (r = 0; r < pairs; r++) fill(a, pool + (2 * r + (a != RANDOM)) * n, n, k);     /* all different: a CPU learns a row seen twice */
 }
 
 static void print_machine(void)
@@ -544,7 +544,10 @@ int main(int argc, char **argv)
         else if (i + 1 < argc && !strcmp(argv[i], "-i")) only_a = atoi(argv[++i]);
         else { fprintf(stderr, "usage: topk [-n COLUMNS] [-k K] [-v VARIANT] [-i INPUT] [-q] [-l]\n"); return 2; }
     }
-    if (k < 1 || k > 8192 || only_n < 0 || only_n > (int64_t)(pool_bytes / 16)) { fprintf(stderr, "topk: 1 <= K <= 8192, COLUMNS <= 6M\n"); return 2; }
+    if (k < 1 || k > 8192 || only_n < 0 || only_n > (int64_t)(pool_bytes / 32)) {
+        fprintf(stderr, "topk: 1 <= K <= 8192, COLUMNS <= 4M\n");
+        return 2;
+    }
     if (!start(&ctx_scalar, DSA_ISA_SCALAR)) return 1;
     has_avx2 = start(&ctx_avx2, DSA_ISA_AVX2);
     has_avx512 = start(&ctx_avx512, DSA_ISA_AVX512);
@@ -554,21 +557,20 @@ int main(int argc, char **argv)
     verify();
     if (quick) return 0;
 
-    pool_random = (float *)take(pool_bytes);
-    pool_other = (float *)take(pool_bytes);
+    pool = (float *)take(pool_bytes);
+    memset(pool, 0, pool_bytes);
     out = (int32_t *)take(sizeof(int32_t) * 65536);
     for (z = 0; z < 3; z++) {
         int64_t n = only_n ? only_n : sizes[z];
         int last = has_avx512 ? 12 : has_avx2 ? 11 : 10;
         if (only_n && z > 0) break;
-        fill_pool(pool_random, RANDOM, n, k);
-        memcpy(pool_other, pool_random, pool_bytes);
+        fill_pool(RANDOM, n, k);
         if (only_a < 2)
             for (v = 0; v < N_VARIANTS; v++)
                 if (runs(v) && (!only_v || v + 1 == only_v)) time_case(v, RANDOM, n, k);
         for (a = 1; a < N_INPUTS; a++) {
             if (only_a && a + 1 != only_a) continue;
-            fill_pool(pool_other, (input)a, n, k);
+            fill_pool((input)a, n, k);
             v = only_v ? only_v - 1 : last;
             if (v < N_VARIANTS && runs(v)) time_case(v, (input)a, n, k);
         }

@@ -730,7 +730,8 @@ DSA_API dsa_status dsa_attend_finish(const dsa_ctx *ctx, const dsa_attend_state 
                                      float *out, float *lse, float *max_logit);
 /* Keeps the state as a partial: out normalised, no sink, lse natural, -inf where empty. */
 DSA_API dsa_status dsa_attend_partial(const dsa_ctx *ctx, const dsa_attend_state *state, float *out, float *lse);
-/* Merges n_parts partials (not results of finish: their empty rows have lse +inf), in this order, up to f32 rounding: out = Sum_p e^(lse_p - L) out_p, L = ln Sum_p e^lse_p. Sinks as in finish.
+/* Merges n_parts partials (not results of finish: their empty rows have lse +inf), in this order, up to f32 rounding:
+   out = Sum_p e^(lse_p - L) out_p, L = ln Sum_p e^lse_p. Sinks as in finish.
    outs[p] [n_rows, n_heads, dim_v], lses[p] [n_rows, n_heads]. lse (optional) is +inf where everything was empty. */
 DSA_API dsa_status dsa_attend_merge(const dsa_ctx *ctx, int32_t n_parts, const float *const *outs, const float *const *lses,
                                     int64_t n_rows, int32_t n_heads, int32_t dim_v, const float *sinks, float *out, float *lse);
@@ -2645,7 +2646,7 @@ DSA__INLINE DSA__AVX512_VNNI dsa__ints dsa__madd_int8_avx512(dsa__ints acc, __m5
 
 /* ReLU of finished dots, as f32. max(0, x) in this order keeps a NaN x. */
 DSA__INLINE DSA__AVX512 __m512 dsa__relu_f32_avx512(__m512 x) { return _mm512_max_ps(_mm512_setzero_ps(), x); }
-#define dsa__relu_bf16_avx512 dsa__relu_f32_avx512
+DSA__INLINE DSA__AVX512 __m512 dsa__relu_bf16_avx512(__m512 x) { return dsa__relu_f32_avx512(x); }
 DSA__INLINE DSA__AVX512 __m512 dsa__relu_int8_avx512(dsa__ints x)
 {
     return _mm512_cvtepi32_ps(_mm512_max_epi32((__m512i)x, _mm512_setzero_si512()));
@@ -3019,7 +3020,8 @@ DSA__INLINE DSA__AVX512 void dsa__tile_put_avx512(float *c, uint16_t mask, int l
 #define DSA__TILE_LAST(i) DSA__TILE_STEP(i) DSA__TILE_END(i)
 #define DSA__TILE(name, isa) \
     DSA__INLINE isa void name(const int logits, const int nv, int32_t steps, const unsigned char *const *a, const unsigned char *b, \
-                              const unsigned char *const *ahead, size_t ahead_last, int32_t n, const float *scale, float *c, size_t ldi, uint16_t mask) \
+                              const unsigned char *const *ahead, size_t ahead_last, int32_t n, const float *scale, float *c, size_t ldi, \
+                              uint16_t mask) \
     { \
         DSA__TILE_8(DSA__TILE_BEGIN) \
         const size_t lda = logits ? 4 : 64, end = lda * (size_t)(steps - 1), ldv = logits ? DSA__ROWS * 16 : 16; \
@@ -3054,16 +3056,18 @@ DSA__INLINE DSA__AVX512 void dsa__tile_put_avx512(float *c, uint16_t mask, int l
             ahead_last = 0; \
         } \
     } \
-    DSA__INLINE isa void name##_heads(const int nv, int32_t n_heads, int32_t steps, const float *p, const unsigned char *v, const float *keep, float *out, size_t ldi, uint16_t mask) \
+    DSA__INLINE isa void name##_heads(const int nv, int32_t n_heads, int32_t steps, const float *p, const unsigned char *v, const float *keep, \
+                                       float *out, size_t ldi, uint16_t mask) \
     { \
-        int32_t h; \
-        for (h = 0; h < n_heads; h += 8) { \
-            const unsigned char *a = (const unsigned char *)p + h % 16 * 4; \
-            name(0, nv, steps, &a, v, NULL, 0, n_heads - h, keep + h, out + (size_t)h * ldi, ldi, mask); \
-            if (h % 16) p += DSA__ROWS * 16; \
+        int32_t k; \
+        for (k = 0; k < n_heads + 8; k += 8) {           /* 8, 0, 24, 16, ..: */ \
+            int32_t h = k ^ 8; \
+            const unsigned char *a = (const unsigned char *)(p + (size_t)(h / 16) * DSA__ROWS * 16 + h % 16); \
+            if (h < n_heads) name(0, nv, steps, &a, v, NULL, 0, n_heads - h, keep + h, out + (size_t)h * ldi, ldi, mask); \
         } \
     } \
-    static isa void name##_values(int32_t nv, int32_t n_heads, int32_t steps, const float *p, const unsigned char *v, const float *keep, float *out, size_t ldi, uint16_t mask) \
+    static isa void name##_values(int32_t nv, int32_t n_heads, int32_t steps, const float *p, const unsigned char *v, const float *keep, \
+                                       float *out, size_t ldi, uint16_t mask) \
     { \
         if (nv == 3)      name##_heads(3, n_heads, steps, p, v, keep, out, ldi, mask); \
         else if (nv == 2) name##_heads(2, n_heads, steps, p, v, keep, out, ldi, mask); \
@@ -3257,7 +3261,8 @@ static DSA__AVX512 void dsa__stage_avx512(int bf16, int32_t n, const unsigned ch
 static isa void name(const dsa__attend_shape *s, const float *q, unsigned char *packed) \
 { \
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); \
-    int32_t dim = s->dim_latent + s->dim_rope, steps = bf16 ? (dim + 1) / 2 : dim, groups = (s->n_heads + 15) / 16, v, nv = 0, first = 0, at, bit, i; \
+    int32_t dim = s->dim_latent + s->dim_rope, steps = bf16 ? (dim + 1) / 2 : dim, groups = (s->n_heads + 15) / 16; \
+    int32_t v, nv = 0, first = 0, at, bit, i; \
     for (v = 0; v < groups; v++) { \
         if (v == first + nv) { first = v; nv = dsa__tile_cut(groups - v); } \
         for (at = 0; at < steps; at += 16) { \
@@ -3287,7 +3292,8 @@ static isa void name(const dsa__attend_shape *s, const float *q, unsigned char *
 #define DSA__PACK_16(x, n) _mm512_castps_si512(_mm512_maskz_loadu_ps(dsa__mask16(n), x))
 DSA__PACK(dsa__pack_f32_avx512, DSA__AVX512, 0)
 #undef DSA__PACK_16
-#define DSA__PACK_16(x, n) (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(dsa__mask16((n) - 16), (x) + 16), _mm512_maskz_loadu_ps(dsa__mask16(n), x))
+#define DSA__PACK_16(x, n) \
+    (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(dsa__mask16((n) - 16), (x) + 16), _mm512_maskz_loadu_ps(dsa__mask16(n), x))
 DSA__PACK(dsa__pack_bf16_avx512, DSA__AVX512_BF16, 1)
 #undef DSA__PACK_16
 
@@ -3334,8 +3340,10 @@ static void dsa__attend_avx512_(const dsa__attend_shape *s, const void *packed, 
             a[i] = kv[at];
             ahead[i] = rows[dsa__min32(j + 8 + i, n + n_ahead - 1)];
         }
-        if (bf16) dsa__tile_bf16_avx512_logits(groups, steps, a, (const unsigned char *)packed, ahead, row_bytes - 1, n - j, s->scale, x + (size_t)j * 16);
-        else      dsa__tile_f32_avx512_logits(groups, steps, a, (const unsigned char *)packed, ahead, row_bytes - 1, n - j, s->scale, x + (size_t)j * 16);
+        if (bf16)
+            dsa__tile_bf16_avx512_logits(groups, steps, a, (const unsigned char *)packed, ahead, row_bytes - 1, n - j, s->scale, x + (size_t)j * 16);
+        else
+            dsa__tile_f32_avx512_logits(groups, steps, a, (const unsigned char *)packed, ahead, row_bytes - 1, n - j, s->scale, x + (size_t)j * 16);
     }
     for (i = 0; i < groups; i++) {
         float *xi = x + (size_t)i * DSA__ROWS * 16;

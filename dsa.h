@@ -1068,14 +1068,14 @@ DSA__INLINE float dsa__amax(const float *x, int64_t n)
 /* Scales of a row (spec 3.4, contracts), and x / s as the whole number that int8 holds; NaN counts as 0. */
 DSA__INLINE float dsa__e4m3_scale(const float *x, int32_t n)
 {
-    float a = dsa__amax(x, n);
-    return dsa_pow2_ceil((a > 1e-4f ? a : 1e-4f) * (1.0f / 448.0f));
+    float a = dsa__amax(x, n), s = (a > 1e-4f ? a : 1e-4f) * (1.0f / 448.0f);
+    return dsa_pow2_ceil(s);
 }
 
 DSA__INLINE float dsa__int8_scale(const float *x, int32_t n)
 {
-    float a = dsa__amax(x, n);
-    return (a > 1e-4f ? a : 1e-4f) / 127.0f;
+    float a = dsa__amax(x, n), s = (a > 1e-4f ? a : 1e-4f) / 127.0f;
+    return s;
 }
 
 DSA__INLINE float dsa__int8_value(float x, float s)
@@ -1083,7 +1083,8 @@ DSA__INLINE float dsa__int8_value(float x, float s)
     float v = x / s;
     v = v != v ? 0.0f : v;
     v = v > 127.0f ? 127.0f : (v < -127.0f ? -127.0f : v);
-    return (v + 12582912.0f) - 12582912.0f;                                      /* 1.5 2^23 leaves steps of 1: the adder rounds to even */
+    v += 12582912.0f;                /* 1.5 2^23 leaves steps of 1: the adder rounds to even, and the assignment drops x87's extra bits */
+    return v - 12582912.0f;
 }
 
 DSA__INLINE int dsa__any_nan(const float *x, int32_t n)

@@ -316,7 +316,8 @@ TEST scales_stay_finite(void)
     ASSERT_EQ_FMT(0xF8, y[2], "%02x");                              /* -256 */
     x[2] = 2;
     s = dsa_quantize_int8(x, 4, z);
-    ASSERT_EQ_FMT((double)(FLT_MAX / 127), (double)s, "%g");
+    const float most = FLT_MAX / 127;                               /* assigned: x87 would keep more bits */
+    ASSERT_EQ_FMT((double)most, (double)s, "%g");
     ASSERT_EQ_FMT(-127, z[0], "%d");
     ASSERT_EQ_FMT(0, z[1], "%d");
     ASSERT_EQ_FMT(127, z[3], "%d");
@@ -333,9 +334,12 @@ TEST quantize_int8_matches_the_formula(int32_t n)
         float amax = 1e-4f;
         brute_fill_normal(&r, x, n, ldexp(1.0, (int)brute_below(&r, 60) - 30));
         for (int32_t i = 0; i < n; i++) if (fabsf(x[i]) > amax) amax = fabsf(x[i]);
-        float scale = dsa_quantize_int8(x, n, y);
-        ok = ok && scale == amax / 127;
-        for (int32_t i = 0; i < n; i++) ok = ok && y[i] == (int)rintf(x[i] / scale);
+        float scale = dsa_quantize_int8(x, n, y), want = amax / 127;
+        ok = ok && scale == want;
+        for (int32_t i = 0; i < n; i++) {
+            float ratio = x[i] / scale;
+            ok = ok && y[i] == (int)rintf(ratio);
+        }
     }
     free(x); free(y);
     ASSERT(ok);
@@ -350,10 +354,11 @@ TEST quantize_int8_rounds_halves_to_even_and_clamps(void)
     int8_t y[12];
     ASSERT_EQ_FMT(1.0, (double)dsa_quantize_int8(x, 12, y), "%g");
     for (int i = 0; i < 12; i++) ASSERT_EQ_FMT(want[i], y[i], "%d");
+    const float least = 1e-4f / 127;
     float zero[3] = { 0, 0, -0.0f }, tiny[3] = { 5e-5f, -1e-4f, 1e-12f };
-    ASSERT_EQ_FMT((double)(1e-4f / 127), (double)dsa_quantize_int8(zero, 3, y), "%g");
+    ASSERT_EQ_FMT((double)least, (double)dsa_quantize_int8(zero, 3, y), "%g");
     for (int i = 0; i < 3; i++) ASSERT_EQ_FMT(0, y[i], "%d");
-    ASSERT_EQ_FMT((double)(1e-4f / 127), (double)dsa_quantize_int8(tiny, 3, y), "%g");
+    ASSERT_EQ_FMT((double)least, (double)dsa_quantize_int8(tiny, 3, y), "%g");
     ASSERT_EQ_FMT(-127, y[1], "%d");
     /* whatever amax/127 rounds to, nothing ever reaches -128 */
     brute_rng r = { 7 };

@@ -4430,7 +4430,8 @@ static const dsa_cache *dsa__score_begin(const dsa__score_call *call, dsa__score
 }
 
 /* Scores the keys of [begin, end) that the n prepared rows see, chunk after chunk, each for all rows while it lies in L1. */
-static void dsa__score_keys(const dsa__score_call *call, dsa__score_task *t, const dsa_cache *c, int64_t row, int64_t n, int64_t begin, int64_t end)
+static void dsa__score_keys(const dsa__score_call *call, dsa__score_task *t, const dsa_cache *c, int64_t row, int64_t n,
+                            int64_t begin, int64_t end)
 {
     int planar = dsa__planar(c->kind, c->format);
     int64_t at, i, lo, hi;
@@ -4796,7 +4797,8 @@ static void dsa__attend_begin_heads(const dsa_attend_state *s, int64_t at, int64
 }
 
 /* out = (acc / sum) e^L / (e^L + e^z), L = max + ln sum (spec 5.1), for heads [at, at + n) of the state's [n_rows, n_heads] */
-static void dsa__attend_finish_heads(const dsa_attend_state *s, int64_t at, int64_t n, const float *sinks, float *out, float *lse, float *max_logit)
+static void dsa__attend_finish_heads(const dsa_attend_state *s, int64_t at, int64_t n, const float *sinks,
+                                     float *out, float *lse, float *max_logit)
 {
     int64_t i;
     int32_t d;
@@ -4975,7 +4977,8 @@ DSA_API dsa_status dsa_attend_add(const dsa_ctx *ctx, const dsa_attend_args *a, 
 }
 
 /* begin, add and finish of a call whose state nobody else needs: state->out becomes the result. */
-static dsa_status dsa__attend_fused(const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state, const float *sinks, float *lse)
+static dsa_status dsa__attend_fused(const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state,
+                                    const float *sinks, float *lse)
 {
     dsa__attend_call call;
     dsa_status st = dsa__attend_start(ctx, a, state, &call);

@@ -3493,7 +3493,7 @@ static void *dsa__malloc(void *user, size_t bytes) { (void)user; return malloc(b
 static void dsa__free(void *user, void *memory) { (void)user; free(memory); }
 #endif
 
-/* The allocator to use: the given one, or malloc where this build has it. */
+/* The allocator to use: the given one, or where it is NULL or zero malloc, if this build has it. */
 static dsa_allocator dsa__allocator(const dsa_allocator *given)
 {
     dsa_allocator a;
@@ -3581,9 +3581,8 @@ DSA_API dsa_status dsa_pool_create(const dsa_allocator *allocator, int32_t n_thr
     dsa_allocator a = dsa__allocator(allocator);
     dsa_pool *p;
     int32_t i;
-    if (!pool) return DSA_ERR_NULL;
+    if (!pool || (allocator && (allocator->alloc == NULL) != (allocator->release == NULL))) return DSA_ERR_NULL;
     if (n_threads < 1 || n_threads > 4096) return DSA_ERR_ARGUMENT;
-    if (allocator && (allocator->alloc == NULL) != (allocator->release == NULL)) return DSA_ERR_NULL;
     if (!a.alloc) return DSA_ERR_UNSUPPORTED;
     p = (dsa_pool *)a.alloc(a.user, sizeof *p + (size_t)n_threads * sizeof *p->workers);
     if (!p) return DSA_ERR_MEMORY;

@@ -229,8 +229,6 @@ TEST bad_caches(void)
     REFUSES(DSA_ERR_NULL, DESC, dsa_cache_init(&ctx, &d, memory, sizeof memory, NULL));
     REFUSES(DSA_ERR_CAPACITY, DESC, dsa_cache_init(&ctx, &d, memory, CAP * W * 4 - 1, &now.other));
     REFUSES(DSA_ERR_NULL, DESC, dsa_cache_create(&ctx, &d, NULL));
-    REFUSES(DSA_ERR_SHAPE, now.latent.dim_rope = DSA_NONE, dsa_cache_check(&ctx, &now.latent));
-    REFUSES(DSA_ERR_ARGUMENT, now.index.hadamard = DSA_HADAMARD_OFF, dsa_cache_check(&ctx, &now.index));
     REFUSES(DSA_ERR_NULL, DESC, dsa_cache_view(&ctx, &d, NULL, 4, 0, NULL, 0, 0, &now.other));
     REFUSES(DSA_ERR_NULL, DESC, dsa_cache_view(&ctx, &d, memory, 4, 0, NULL, 0, 0, NULL));
     REFUSES(DSA_ERR_SHAPE, DESC, dsa_cache_view(&ctx, &d, memory, -1, 0, NULL, 0, 0, &now.other));
@@ -244,6 +242,12 @@ TEST bad_caches(void)
     REFUSES(DSA_ERR_SHAPE, now.latent.page_stride = 1, dsa_cache_check(&ctx, &now.latent));
     REFUSES(DSA_ERR_SHAPE, now.latent.dim = 0, dsa_cache_check(&ctx, &now.latent));
     REFUSES(DSA_ERR_SHAPE, now.latent.hadamard = 1, dsa_cache_check(&ctx, &now.latent));
+    REFUSES(DSA_ERR_SHAPE, now.latent.dim_rope = DSA_NONE, dsa_cache_check(&ctx, &now.latent));            /* a resolved field: 0 says none */
+    REFUSES(DSA_ERR_SHAPE, now.latent.dim_rope = DSA_NONE, dsa_cache_read(&ctx, &now.latent, 0, 1, now.out));
+    REFUSES(DSA_ERR_SHAPE, now.index.dim_rope = DSA_NONE, dsa_cache_check(&ctx, &now.index));
+    REFUSES(DSA_ERR_ARGUMENT, now.index.hadamard = DSA_HADAMARD_OFF, dsa_cache_check(&ctx, &now.index));   /* a flag, not the enum */
+    REFUSES(DSA_ERR_ARGUMENT, now.index.hadamard = -1, dsa_score_select(&ctx, &in.score, &in.sel));
+    REFUSES(DSA_ERR_ARGUMENT, now.latent.hadamard = DSA_HADAMARD_OFF, dsa_append(&ctx, &in.append));
     REFUSES(DSA_ERR_FORMAT, now.latent.format = DSA_INT8, dsa_cache_check(&ctx, &now.latent));
     REFUSES(DSA_ERR_FORMAT, now.latent.kind = (dsa_kind)3, dsa_cache_check(&ctx, &now.latent));
     REFUSES(DSA_ERR_NO_DEVICE, now.latent.device = DSA_DEVICE_CUDA, dsa_cache_check(&ctx, &now.latent));
@@ -344,7 +348,6 @@ TEST bad_scores(void)
     REFUSES(DSA_ERR_NULL, in.score.ke = in.ke, dsa_score(&ctx, &in.score, now.scores, CAP, CAP));
     REFUSES(DSA_ERR_SHAPE, in.score.n_index_heads = -1, dsa_score_select(&ctx, &in.score, &in.sel));
     REFUSES(DSA_ERR_NULL, in.seqs[0].index = NULL, dsa_score_select(&ctx, &in.score, &in.sel));
-    REFUSES(DSA_ERR_NULL, (void)0, dsa_score_select_workspace(&ctx, &in.score, NULL, &now.bytes));
     REFUSES(DSA_ERR_NULL, in.score.workspace = NULL, dsa_score_select(&ctx, &in.score, &in.sel));
     REFUSES(DSA_ERR_WORKSPACE, in.score.workspace_size = 0, dsa_score_select(&ctx, &in.score, &in.sel));
     REFUSES(DSA_ERR_NULL, (void)0, dsa_score_select(&ctx, &in.score, NULL));
@@ -354,6 +357,9 @@ TEST bad_scores(void)
     REFUSES(DSA_ERR_NULL, (void)0, dsa_score_workspace(&ctx, NULL, &now.bytes));
     REFUSES(DSA_ERR_NULL, (void)0, dsa_score_workspace(&ctx, &in.score, NULL));
     REFUSES(DSA_ERR_NULL, (void)0, dsa_score_select_workspace(&ctx, &in.score, &in.sel, NULL));
+    REFUSES(DSA_ERR_NULL, (void)0, dsa_score_select_workspace(&ctx, &in.score, NULL, &now.bytes));    /* as the call does */
+    REFUSES(DSA_ERR_NULL, (void)0, dsa_select_workspace(&ctx, &in.select, NULL, &now.bytes));
+    REFUSES(DSA_ERR_NULL, (void)0, dsa_merge_topk_workspace(&ctx, &in.merge, NULL, &now.bytes));
     ACCEPTS(dsa_score(&ctx, &in.score, now.scores, CAP, CAP));
     ACCEPTS(dsa_score_select(&ctx, &in.score, &in.sel));
     PASS();

@@ -141,12 +141,20 @@ TEST bad_pools_are_refused(void)
 {
     dsa_pool *pool = NULL;
     IS(DSA_ERR_NULL, dsa_pool_create(NULL, 2, NULL));
-    dsa_allocator half = { NULL, NULL, NULL };
-    half.alloc = count_alloc;
-    IS(DSA_ERR_NULL, dsa_pool_create(&half, 2, &pool));
     IS(DSA_ERR_ARGUMENT, dsa_pool_create(NULL, 0, &pool));
     IS(DSA_ERR_ARGUMENT, dsa_pool_create(NULL, -3, &pool));
+    IS(DSA_ERR_ARGUMENT, dsa_pool_create(NULL, 4097, &pool));
+    counter n = { 0, 0, 0 };
+    dsa_allocator half = { count_alloc, NULL, &n };   /* half an allocator is a mistake, not a wish for malloc */
+    IS(DSA_ERR_NULL, dsa_pool_create(&half, 2, &pool));
+    half.alloc = NULL;
+    half.release = count_release;
+    IS(DSA_ERR_NULL, dsa_pool_create(&half, 2, &pool));
+    ASSERT_EQ_FMT(0, n.allocs + n.releases, "%d");
     ASSERT(pool == NULL);
+    half.release = NULL;
+    OK(dsa_pool_create(&half, 2, &pool));             /* a zeroed one is malloc, as in the config */
+    dsa_pool_destroy(pool);
     PASS();
 }
 

@@ -24,8 +24,8 @@
      dsa_step(&ctx, &(dsa_step_args){ .n_seqs = 1, .seqs = &seq, .q = q, .index_q = index_q, .index_w = index_w,
          .out = out, .indices = indices, .workspace = workspace, .workspace_size = sizeof workspace });
 
-   Compile: cc -O2 app.c -lm -pthread    (no -m flags; never -ffast-math: it takes away NaN and exact rounding. C++ fills the
-   same structs by assignment: dsa_config config = {}; config.n_heads = 8;)
+   Compile: cc -O2 app.c -lm -pthread    (no -m flags. -ffast-math takes away NaN and exact rounding: an error in the file with the
+   implementation. C++ fills the same structs by assignment: dsa_config config = {}; config.n_heads = 8;)
 
    CONTENTS: search for the marker
      >>manual       what it computes, which call to use, layouts, rounding, contracts, threads, memory, errors, options
@@ -855,9 +855,12 @@ DSA_API void       dsa_pool_run(void *pool, int32_t n_tasks, dsa_task task, void
 #  define DSA_ASSERT(x) ((void)0)      /* internal invariants only; arguments are checked with or without it */
 #endif
 
-#ifdef __FAST_MATH__
-#  error "dsa.h needs IEEE arithmetic: -ffast-math takes away NaN and exact rounding"
+/* Tests for NaN and infinity, and rounding in the order of the text, are what the results rest on: these flags take them away. */
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
+    (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ + 0)
+#  error "dsa.h: compile the file with DSA_IMPLEMENTATION without -ffast-math, -Ofast and their parts"
 #endif
+
 /* "Same inputs, same bits" needs every product rounded where the text rounds it: no a*b+c contraction behind our back. Nobody here
    looks at floating-point exception flags; minding them would keep gcc from turning a ? b : c into vector code. */
 #if defined(__clang__)

@@ -56,6 +56,17 @@ option() {
     $CC -std=c99 -O1 $STRICT "$@" -c tests/compile/implementation.c -o "$object"
 }
 
+# Flags that would break the contracts are errors with a sentence, in the file with the implementation only.
+refused() {
+    for flag in "$@"; do
+        if $CC -std=c99 -O1 "$flag" -c tests/compile/implementation.c -o $OUT/refused.o 2>$OUT/refused.txt; then
+            echo "$flag was accepted"
+            return 1
+        fi
+        grep -q 'without -ffast-math' $OUT/refused.txt && $CC -std=c99 -O1 "$flag" -c tests/compile/declarations.c -o $OUT/refused.o || return 1
+    done
+}
+
 two_static_copies() {
     $CC -std=c99 -O1 $STRICT tests/compile/static_main.c tests/compile/static_other.c -lm -pthread -o $OUT/two_static && $OUT/two_static
 }
@@ -222,6 +233,7 @@ lane_1() {
     done
     for macro in $(grep -oE '\bDSA_NO_[A-Z]+\b' dsa.h | sort -u) DSA_STATIC; do step "-D$macro" option -D"$macro"; done
     step '-DDSA_ASSERT=assert' option -include assert.h -DDSA_ASSERT=assert
+    step 'no -ffast-math' refused -ffast-math -ffinite-math-only -Ofast
     step '-O0' option -O0
     step '-O3 -march=native' option -O3 -march=native
     step 'two DSA_STATIC copies' two_static_copies

@@ -935,6 +935,9 @@ static void *dsa__take(dsa__arena *a, int64_t n, int64_t m, size_t element)
 /* Bytes to ask of the caller for what was taken: 63 more, because his memory may have any alignment. */
 static size_t dsa__arena_bytes(const dsa__arena *a) { return a->used ? a->used + 63 : 0; }
 
+/* Carving went well: it took no more than what measuring had found and the call had checked. */
+#define DSA__CARVED(status, arena, size) DSA_ASSERT((status) == DSA_OK && dsa__arena_bytes(&(arena)) <= (size))
+
 static dsa__arena dsa__arena_over(void *workspace)
 {
     dsa__arena a;
@@ -1708,6 +1711,7 @@ static void dsa__topk_make_room(dsa__topk *t) { dsa__topk_shrink(t, t->k / 8); }
 static void dsa__topk_push(dsa__topk *t, const float *s, int64_t n, int64_t first)
 {
     if (t->n + n > t->room) dsa__topk_make_room(t);
+    DSA_ASSERT(t->n + n <= t->room);
     t->n += t->kernels->filter(s, (int32_t)n, (int32_t)first, t->above, t->s + t->n, t->i + t->n);
 }
 
@@ -3621,6 +3625,7 @@ DSA_API void dsa_pool_run(void *pool, int32_t n_tasks, dsa_task task, void *arg)
     dsa_pool *p = (dsa_pool *)pool;
     int32_t i;
     pthread_mutex_lock(&p->lock);
+    DSA_ASSERT(p->n_busy == 0);                          /* one call at a time */
     p->task = task;
     p->arg = arg;
     p->n_tasks = n_tasks;
@@ -4052,6 +4057,7 @@ static unsigned char *dsa__scale_at(const dsa_cache *c, int64_t slot) { return d
 static int64_t dsa__page_of(const dsa_cache *c, int64_t position, int64_t *offset)
 {
     uint32_t page_size = (uint32_t)c->page_size, block = (uint32_t)position / page_size;
+    DSA_ASSERT(position >= 0 && position < dsa_cache_capacity(c));
     *offset = (uint32_t)position - block * page_size;
     return c->block_table ? c->block_table[block] : (int64_t)block;
 }
@@ -4199,6 +4205,7 @@ typedef struct dsa__cursor { const dsa_seq *seqs; int32_t seq; int64_t first; } 
 /* Query i of its sequence (returned) is row `row` of the call; rows [0, *visible) of the sequence come before or at it. */
 static const dsa_seq *dsa__seek(dsa__cursor *c, int64_t row)
 {
+    DSA_ASSERT(row >= c->first);
     while (row >= c->first + dsa__n_q(&c->seqs[c->seq])) c->first += dsa__n_q(&c->seqs[c->seq++]);
     return &c->seqs[c->seq];
 }
@@ -4390,7 +4397,9 @@ static dsa_status dsa__score_start(const dsa_ctx *ctx, const dsa_score_args *a, 
     st = dsa__arena_check(ctx, &arena, a->workspace, a->workspace_size);
     if (st != DSA_OK) return st;
     arena = dsa__arena_over(a->workspace);
-    return dsa__score_plan(ctx, a, out, &arena, call);
+    st = dsa__score_plan(ctx, a, out, &arena, call);
+    DSA__CARVED(st, arena, a->workspace_size);
+    return st;
 }
 
 static void dsa__score_query(const dsa__score_call *call, const dsa__score_task *t, int64_t row, const dsa_cache *c, void *packed)
@@ -4672,6 +4681,7 @@ DSA_API dsa_status dsa_select(const dsa_ctx *ctx, const dsa_select_args *a, cons
     if (st != DSA_OK) return st;
     arena = dsa__arena_over(a->workspace);
     st = dsa__select_plan(ctx, a, out, &arena, &call);
+    DSA__CARVED(st, arena, a->workspace_size);
     if (st != DSA_OK) return st;
     dsa__parallel(ctx, dsa__min64(call.n_tasks, a->n_rows), dsa__select_task, &call);
     return DSA_OK;
@@ -4729,6 +4739,7 @@ DSA_API dsa_status dsa_merge_topk(const dsa_ctx *ctx, const dsa_merge_topk_args 
     if (st != DSA_OK) return st;
     arena = dsa__arena_over(a->workspace);
     st = dsa__merge_plan(ctx, a, out, &arena, &sel, &top.s, &top.i);
+    DSA__CARVED(st, arena, a->workspace_size);
     if (st != DSA_OK) return st;
     for (row = 0; row < a->n_rows; row++) {
         top.n = 0;
@@ -4967,7 +4978,9 @@ static dsa_status dsa__attend_start(const dsa_ctx *ctx, const dsa_attend_args *a
     st = dsa__arena_check(ctx, &arena, a->workspace, a->workspace_size);
     if (st != DSA_OK) return st;
     arena = dsa__arena_over(a->workspace);
-    return dsa__attend_plan(ctx, a, state, &arena, call);
+    st = dsa__attend_plan(ctx, a, state, &arena, call);
+    DSA__CARVED(st, arena, a->workspace_size);
+    return st;
 }
 
 DSA_API dsa_status dsa_attend_add(const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state)
@@ -5129,9 +5142,11 @@ DSA_API dsa_status dsa_step(const dsa_ctx *ctx, const dsa_step_args *a)
     if (st != DSA_OK) return st;                         /* from here on nothing can fail */
     arena = dsa__arena_over(a->workspace);
     st = dsa__step_plan(ctx, a, &arena, &c);
+    DSA__CARVED(st, arena, a->workspace_size);
     if (st == DSA_OK && a->latent) st = dsa_append(ctx, &c.append);
     if (st == DSA_OK) st = dsa_score_select(ctx, &c.score, &c.sel);
     if (st == DSA_OK) st = dsa__attend_fused(ctx, &c.attend, &c.state, a->sinks, a->lse);
+    DSA_ASSERT(st == DSA_OK);
     return st;
 }
 
@@ -5508,6 +5523,7 @@ DSA_API dsa_status dsa_layer(const dsa_ctx *ctx, const dsa_layer_args *a)
     if (st != DSA_OK) return st;                         /* from here on nothing can fail */
     arena = dsa__arena_over(a->workspace);
     st = dsa__layer_plan(ctx, a, &arena, &c);
+    DSA__CARVED(st, arena, a->workspace_size);
     dsa__weight_row(&a->weights->q_a_norm, 0, f->dim_q_lora, c.q_norm);
     dsa__weight_row(&a->weights->kv_a_norm, 0, f->dim_latent, c.kv_norm);
     if (c.has_indexer) {
@@ -5531,6 +5547,7 @@ DSA_API dsa_status dsa_layer(const dsa_ctx *ctx, const dsa_layer_args *a)
         }
         st = dsa__layer_tile(ctx, a, &c, row, n, n_seqs);
     }
+    DSA_ASSERT(st == DSA_OK);
     return st;
 }
 

@@ -8,6 +8,8 @@
 #include <math.h>
 #include <setjmp.h>
 
+#include <assert.h>
+#define DSA_ASSERT(x) assert(x)
 #define DSA_STATIC
 #define DSA_IMPLEMENTATION
 #include "../dsa.h"

@@ -438,8 +438,8 @@ typedef struct dsa_rope {
     dsa_rope_layout layout;
     int32_t offset;              /* first rotated channel of a row */
     int32_t width;               /* rotated channels n, even; 0 = nothing is rotated */
-    double theta;                /* 0 = 10000 */
-    double factor;               /* YaRN context extension; 0 or 1 = plain RoPE */
+    double theta;                /* > 1; 0 = 10000 */
+    double factor;               /* YaRN context extension, >= 1; 0 or 1 = plain RoPE */
     double original_context;     /* YaRN: tokens of the original training, 0 = 4096 */
     double beta_fast, beta_slow; /* YaRN: 0 = 32 and 1 */
 } dsa_rope;
@@ -1253,19 +1253,26 @@ static double dsa__rope_frequency(const dsa_rope *rope, int32_t i)
     return base * (1.0 - ramp) + base / rope->factor * ramp;
 }
 
-/* 0 in a parameter means its default. */
-static int dsa__rope_valid(const dsa_rope *rope)
+/* Is x what it may be, or 0 for its default? False for NaN. */
+static int dsa__rope_number(double x, double above) { return x == 0.0 || (x > above && x <= DBL_MAX); }
+
+static dsa_status dsa__rope_check(const dsa_rope *rope)
 {
-    return (rope->theta == 0.0 || rope->theta > 1.0) && rope->factor >= 0.0 && rope->original_context >= 0.0 &&
-           rope->beta_fast >= 0.0 && rope->beta_slow >= 0.0 && rope->width >= 0 && rope->width % 2 == 0 && rope->offset >= 0 &&
-           (rope->layout == DSA_ROPE_INTERLEAVED || rope->layout == DSA_ROPE_HALF);
+    if (rope->width < 0 || rope->width % 2 != 0 || rope->offset < 0 ||
+        (rope->layout != DSA_ROPE_INTERLEAVED && rope->layout != DSA_ROPE_HALF)) return DSA_ERR_SHAPE;
+    if (!dsa__rope_number(rope->theta, 1.0) || !(dsa__rope_number(rope->factor, 1.0) || rope->factor == 1.0) ||
+        !dsa__rope_number(rope->original_context, 0.0) || !dsa__rope_number(rope->beta_fast, 0.0) ||
+        !dsa__rope_number(rope->beta_slow, 0.0)) return DSA_ERR_ARGUMENT;
+    return DSA_OK;
 }
 
 DSA_API dsa_status dsa_rope_frequencies(const dsa_rope *rope, double *f)
 {
     int32_t i;
+    dsa_status st;
     if (!rope || !f) return DSA_ERR_NULL;
-    if (!dsa__rope_valid(rope)) return DSA_ERR_SHAPE;
+    st = dsa__rope_check(rope);
+    if (st != DSA_OK) return st;
     for (i = 0; i < rope->width / 2; i++) f[i] = dsa__rope_frequency(rope, i);
     return DSA_OK;
 }
@@ -1276,8 +1283,11 @@ DSA_API dsa_status dsa_rope_rows(float *x, int64_t n_rows, int64_t row_stride, i
 {
     int64_t t, h;
     int32_t i;
+    dsa_status st;
     if (!rope || (n_rows > 0 && n_heads > 0 && (!x || !positions))) return DSA_ERR_NULL;
-    if (n_rows < 0 || n_heads < 0 || !dsa__rope_valid(rope) || rope->offset > (int64_t)dim_row - rope->width) return DSA_ERR_SHAPE;
+    if (n_rows < 0 || n_heads < 0 || rope->offset > (int64_t)dim_row - rope->width) return DSA_ERR_SHAPE;
+    st = dsa__rope_check(rope);
+    if (st != DSA_OK) return st;
     for (i = 0; i < rope->width / 2; i++) {
         double f = dsa__rope_frequency(rope, i);
         int64_t ia = rope->offset + (rope->layout == DSA_ROPE_HALF ? i : 2 * i);
@@ -3708,11 +3718,24 @@ DSA_API dsa_status dsa_config_preset(dsa_preset preset, dsa_config *c)
 
 static int32_t dsa__default32(int32_t x, int32_t def) { return x == 0 ? def : (x == DSA_NONE ? 0 : x); }
 
+static dsa_rope dsa__config_yarn(const dsa_ctx *ctx)
+{
+    dsa_rope r;
+    memset(&r, 0, sizeof r);
+    r.theta = ctx->config.rope_theta;
+    r.factor = ctx->config.rope_factor;
+    r.original_context = ctx->config.rope_original_context;
+    r.beta_fast = ctx->config.rope_beta_fast;
+    r.beta_slow = ctx->config.rope_beta_slow;
+    return r;
+}
+
 DSA_API dsa_status dsa_init(dsa_ctx *ctx, const dsa_config *config)
 {
     dsa_ctx t;
     dsa_config *c = &t.config;
     const dsa__kernels *kernels;
+    dsa_rope rope;
     if (!ctx) return DSA_ERR_NULL;
     memset(&t, 0, sizeof t);
     if (config) *c = *config;
@@ -3759,8 +3782,8 @@ DSA_API dsa_status dsa_init(dsa_ctx *ctx, const dsa_config *config)
     if (c->rope_beta_fast == 0.0)        c->rope_beta_fast = 32.0;
     if (c->rope_beta_slow == 0.0)        c->rope_beta_slow = 1.0;
     c->mscale = c->mscale == 0.0f ? 1.0f : (c->mscale == (float)DSA_NONE ? 0.0f : c->mscale);
-    if (!(c->norm_eps > 0.0f) || !(c->index_norm_eps > 0.0f) || !(c->rope_theta > 1.0) || !(c->rope_factor >= 1.0) ||
-        !(c->rope_original_context > 0.0) || !(c->rope_beta_fast > 0.0) || !(c->rope_beta_slow > 0.0) || !(c->mscale >= 0.0f))
+    rope = dsa__config_yarn(&t);
+    if (!(c->norm_eps > 0.0f) || !(c->index_norm_eps > 0.0f) || !(c->mscale >= 0.0f) || dsa__rope_check(&rope) != DSA_OK)
         return dsa__fail(&t, DSA_ERR_ARGUMENT, "dsa_init: an eps, a rope parameter or mscale is out of its domain");
     if (c->softmax_scale == 0.0f) {                      /* spec 1 and 2.1: (nope + rope)^-0.5 m^2 */
         double m = c->rope_factor > 1.0 ? 0.1 * (double)c->mscale * log(c->rope_factor) + 1.0 : 1.0;
@@ -3780,18 +3803,6 @@ DSA_API dsa_isa dsa_query_isa(const dsa_ctx *ctx)
 {
     if (!ctx || !ctx->kernels) return DSA_ISA_AUTO;
     return ctx->config.isa == DSA_ISA_AUTO ? ctx->kernels->isa : ctx->config.isa;
-}
-
-static dsa_rope dsa__config_yarn(const dsa_ctx *ctx)
-{
-    dsa_rope r;
-    memset(&r, 0, sizeof r);
-    r.theta = ctx->config.rope_theta;
-    r.factor = ctx->config.rope_factor;
-    r.original_context = ctx->config.rope_original_context;
-    r.beta_fast = ctx->config.rope_beta_fast;
-    r.beta_slow = ctx->config.rope_beta_slow;
-    return r;
 }
 
 DSA_API dsa_rope dsa_config_rope(const dsa_ctx *ctx, int32_t dim_row)

@@ -185,7 +185,10 @@ TEST bad_configs(void)
     BAD_CONFIG(DSA_ERR_ARGUMENT, c.index_norm_eps = NAN);
     BAD_CONFIG(DSA_ERR_ARGUMENT, c.softmax_scale = INFINITY);
     BAD_CONFIG(DSA_ERR_ARGUMENT, c.rope_theta = -1);
+    BAD_CONFIG(DSA_ERR_ARGUMENT, c.rope_theta = INFINITY);
     BAD_CONFIG(DSA_ERR_ARGUMENT, c.rope_factor = 0.5);
+    BAD_CONFIG(DSA_ERR_ARGUMENT, c.rope_original_context = INFINITY);        /* YaRN's ramp would be NaN */
+    BAD_CONFIG(DSA_ERR_ARGUMENT, c.rope_beta_slow = NAN);
     PASS();
 }
 
@@ -515,9 +518,9 @@ TEST bad_row_operations(void)
     IS(DSA_ERR_SHAPE, dsa_rope_rows(x, 1, 8, 1, 8, 8, &r, &position, 0));
     r.offset = 0;
     r.theta = -1e4;
-    IS(DSA_ERR_SHAPE, dsa_rope_frequencies(&r, f));
+    IS(DSA_ERR_ARGUMENT, dsa_rope_frequencies(&r, f));
     r.theta = 1;
-    IS(DSA_ERR_SHAPE, dsa_rope_rows(x, 1, 8, 1, 8, 8, &r, &position, 0));
+    IS(DSA_ERR_ARGUMENT, dsa_rope_rows(x, 1, 8, 1, 8, 8, &r, &position, 0));
     r.theta = 0;
     r.width = 3;
     IS(DSA_ERR_SHAPE, dsa_rope_rows(x, 1, 8, 1, 8, 8, &r, &position, 0));

@@ -655,6 +655,44 @@ TEST rope_checks_its_shape(void)
     PASS();
 }
 
+/* Numbers outside their domain are refused, with or without YaRN, not taken for defaults; zeros are defaults. */
+TEST rope_checks_its_numbers(void)
+{
+    static const double bad_theta[] = { -1, 0.5, 1, (double)INFINITY, (double)NAN }, bad_factor[] = { -1, 0.5, (double)INFINITY, (double)NAN },
+                        bad_other[] = { -1, -1e-300, (double)INFINITY, (double)NAN };
+    float x[8] = { 1, 2, 3, 4, 5, 6, 7, 8 }, before[8];
+    double f[4], plain[4];
+    int64_t position = 3;
+    rope_case c = { "", 1, 8, 0, 8, 10000, 40 };
+    memcpy(before, x, sizeof x);
+    for (int field = 0; field < 5; field++)
+        for (int i = 0; i < (field == 0 ? 5 : 4); i++) {
+            dsa_rope rope = rope_of(&c, DSA_ROPE_HALF);
+            if (field == 0) rope.theta = bad_theta[i];
+            if (field == 1) rope.factor = bad_factor[i];
+            if (field == 2) rope.original_context = bad_other[i];
+            if (field == 3) rope.beta_fast = bad_other[i];
+            if (field == 4) rope.beta_slow = bad_other[i];
+            memset(f, 0x55, sizeof f);
+            memcpy(plain, f, sizeof f);
+            ASSERT_EQ(DSA_ERR_ARGUMENT, dsa_rope_frequencies(&rope, f));
+            ASSERT_MEM_EQ(plain, f, sizeof f);
+            ASSERT_EQ(DSA_ERR_ARGUMENT, dsa_rope_rows(x, 1, 8, 1, 8, 8, &rope, &position, 0));
+            ASSERT_MEM_EQ(before, x, sizeof x);
+        }
+    dsa_rope zeros, spelt = rope_of(&c, DSA_ROPE_HALF);
+    memset(&zeros, 0, sizeof zeros);
+    zeros.width = 8;
+    spelt.factor = 1;
+    spelt.original_context = 4096;
+    spelt.beta_fast = 32;
+    spelt.beta_slow = 1;
+    ASSERT_EQ(DSA_OK, dsa_rope_frequencies(&zeros, plain));
+    ASSERT_EQ(DSA_OK, dsa_rope_frequencies(&spelt, f));
+    ASSERT_MEM_EQ(plain, f, sizeof f);
+    PASS();
+}
+
 TEST rope_frequencies_match_double(const rope_case *c)
 {
     double f[64];
@@ -903,6 +941,7 @@ SUITE(numeric_suite)
     greatest_set_test_suffix("half");
     RUN_TESTp(rope_is_relative, DSA_ROPE_HALF);
     RUN_TEST(rope_checks_its_shape);
+    RUN_TEST(rope_checks_its_numbers);
     RUN_TEST(yarn_check_values);
     RUN_TEST(yarn_with_a_single_step);
     RUN_TEST(yarn_ramp_ends_at_the_last_channel);

@@ -781,6 +781,52 @@ TEST a_ragged_append_is_all_or_nothing(void)
     END(b);
 }
 
+/* A cache that would get rows twice is found wherever its two places are, and then no length has moved. Without rows to append, or
+   with slots, a cache may be there as often as one likes. */
+TEST a_cache_twice_in_a_batch_is_found(void)
+{
+    enum { N = 40 };
+    bag b = { NULL, 0 };
+    dsa_ctx ctx = context();
+    dsa_cache_desc dl = desc_of(DSA_LATENT, DSA_F32, 6, 0), di = desc_of(DSA_INDEX_KEY, DSA_F32, 6, 0);
+    dsa_cache l[N], k[N];
+    dsa_seq s[N];
+    float *rows = random_floats(&b, 2 * N * W, 15, 1), *keys = random_floats(&b, 2 * N * D, 16, 1);
+    int64_t slots[N];
+    uint64_t seed = 17;
+    dsa_append_args a;
+    memset(&a, 0, sizeof a);
+    for (int i = 0; i < N; i++) {
+        l[i] = cache_of(&b, &ctx, &dl);
+        k[i] = cache_of(&b, &ctx, &di);
+        OK(append(&ctx, &l[i], &k[i], i % 3, rows, keys));
+        slots[i] = 0;
+    }
+    a.n_seqs = N;
+    a.seqs = s;
+    a.latent = rows;
+    a.index_key = keys;
+    for (int round = 0; round < 200; round++) {
+        int32_t p = rnd_below(&seed, N), q = rnd_below(&seed, N - 1);
+        q += q >= p;
+        for (int i = 0; i < N; i++) s[i] = seq_of(&l[i], &k[i], i == p || i == q ? 1 : i % 2);
+        if (round % 2) s[p].latent = s[q].latent; else s[p].index = s[q].index;
+        IS(DSA_ERR_ARGUMENT, dsa_append(&ctx, &a));
+        for (int i = 0; i < N; i++) {
+            ASSERT_EQ_FMT((long long)(i % 3), (long long)l[i].len, "%lld");
+            ASSERT_EQ_FMT((long long)(i % 3), (long long)k[i].len, "%lld");
+        }
+    }
+    for (int i = 0; i < N; i++) s[i] = seq_of(&l[0], &k[0], i == 7);
+    OK(dsa_append(&ctx, &a));
+    ASSERT_EQ_FMT(1LL, (long long)l[0].len, "%lld");
+    for (int i = 0; i < N; i++) s[i] = seq_of(&l[0], &k[0], 1);
+    a.slots = slots;
+    OK(dsa_append(&ctx, &a));
+    ASSERT_EQ_FMT(1LL, (long long)l[0].len, "%lld");
+    END(b);
+}
+
 TEST slots_write_anywhere_and_skip(void)
 {
     bag b = { NULL, 0 };
@@ -902,6 +948,7 @@ SUITE(cache_suite)
     RUN_TEST(a_full_cache_refuses_and_stays);
     RUN_TEST(a_ragged_append_serves_every_sequence);
     RUN_TEST(a_ragged_append_is_all_or_nothing);
+    RUN_TEST(a_cache_twice_in_a_batch_is_found);
     RUN_TEST(slots_write_anywhere_and_skip);
     RUN_TEST(a_slot_outside_the_pool_stops_everything);
     RUN_TEST(latent_and_keys_may_be_written_apart);

@@ -5350,6 +5350,7 @@ static dsa_status dsa__layer_plan(const dsa_ctx *ctx, const dsa_layer_args *a, d
 
     n = dsa__min64(c->n_rows, DSA_LAYER_TILE);
     H = f->n_heads;
+    if (H * f->dim_v > DSA__MAX_POS) return dsa__fail(ctx, DSA_ERR_OVERFLOW, "dsa_layer: the input of o_proj, n_heads * dim_v, is too wide");
     c->dim_q = f->dim_nope + f->dim_rope;
     c->dim_qk = f->dim_latent + f->dim_rope;
     c->q_norm    = (float *)dsa__take(arena, f->dim_q_lora, 1, sizeof(float));

@@ -485,6 +485,7 @@ TEST bad_layers(void)
     REFUSES(DSA_ERR_ARGUMENT, in.layer.mode = (dsa_layer_mode)6, LAYER);
     REFUSES(DSA_ERR_CAPACITY, now.latent.len = now.index.len = CAP - 1, LAYER);
     REFUSES(DSA_ERR_ARGUMENT, now.index.len = CAP - 1, LAYER);               /* one length for both caches */
+    REFUSES(DSA_ERR_OVERFLOW, ctx.config.n_heads = ctx.config.dim_v = 1 << 16, dsa_layer_workspace(&ctx, &in.layer, &now.bytes));   /* o_proj's width */
     REFUSES(DSA_ERR_NULL, (void)0, dsa_layer_workspace(&ctx, &in.layer, NULL));
     REFUSES(DSA_ERR_NULL, (void)0, dsa_layer_workspace(&ctx, NULL, &now.bytes));
     ACCEPTS(dsa_layer_workspace(&ctx, &in.layer, &now.bytes));

@@ -126,8 +126,8 @@
          i = 2  # # # # # # # # # #                                 on both caches
                                                     chunked prefill  n_q = the chunk; any cut gives the same lists
      ks, ke replace that rule by a half-open range per query, clamped to [0, len]. A list given to dsa_attend_add is not held
-     against it: any position in [0, len) counts, whether or not it lies after the query (dsa_layer's indices_in must not look
-     ahead: whether a later row is there already depends on how the chunk was cut).
+     against it: any position in [0, len) counts, whether or not it lies after the query. dsa_layer skips the entries of indices_in
+     that lie after their query, so that any cut of a chunk gives the same.
      Sequences of a call may share pages or whole caches (common prefixes, beams) as long as nobody appends to a shared page.
      seq.len: 0 = the cache's own. Another value, up to the capacity, says how many rows the call may see.
          dsa_seq batch[2] = { { .latent = &la, .index = &ia, .n_q = 1 }, { .latent = &lb, .index = &ib, .n_q = 3 } };   // 4 rows
@@ -797,7 +797,8 @@ typedef struct dsa_layer_args {
     float *y;                    /* [rows, hidden]  output of o_proj, before the residual; may not alias x */
     const int64_t *positions;    /* optional [rows] RoPE positions; NULL = the row number in the cache */
     dsa_layer_mode mode;
-    const int32_t *indices_in;   /* optional [rows, k]: use these lists (a shared layer's, or a replay); index keys are still written */
+    const int32_t *indices_in;   /* optional [rows, k]: use these lists (a shared layer's, or a replay), SPARSE only; entries after the
+                                    query's own row are skipped like invalid ones; index keys are still written */
     int32_t *indices_out;        /* optional [rows, k]: the lists used; SPARSE only, may not alias indices_in */
     void *workspace;
     size_t workspace_size;
@@ -4952,7 +4953,10 @@ static void dsa__attend_task_run(void *arg, int32_t task)
         int64_t len = dsa__len(seq, c);
         int32_t n = 0, now;
         shape.n_heads = (int32_t)dsa__min64(shape.n_heads, s->n_heads - head);
-        if (call->fused) dsa__attend_begin_heads(s, at, shape.n_heads);
+        if (call->fused) {                               /* a list may not see what only a longer chunk has appended already */
+            len = dsa__visible(&cur, seq, c, row);
+            dsa__attend_begin_heads(s, at, shape.n_heads);
+        }
         kernels->attend_pack(&shape, a->q + at * (shape.dim_latent + shape.dim_rope), t->packed);
         end = list ? call->n_indices : dsa__visible(&cur, seq, c, row);
         if (list && a->counts) end = dsa__clamp64(a->counts[row], 0, call->n_indices);

@@ -442,6 +442,45 @@ TEST record_and_replay(dsa_type latent, dsa_type index)
     END(m.b);
 }
 
+/* Given lists may look ahead, at rows of the same chunk, of the same tile or of later calls: such entries are skipped like any
+   invalid one, or else the result would depend on what happened to be there already. */
+TEST lists_that_look_ahead(dsa_type latent, dsa_layer_mode mode)
+{
+    model m;
+    open_model(&m, small_config());
+    enum { T = 70, K = 10 };
+    const int32_t chunks[5] = { 1, 2, 13, 32, 33 };
+    float *x = inputs(&m, T, 208), *y = floats(&m.b, T * 48), *z = floats(&m.b, T * 48);
+    int32_t lists[T * K], behind[T * K], used[T * K];
+    int ahead = 0;
+    dsa_cache l, k;
+    run_args r = plain;
+    r.latent = latent;
+    r.mode = mode;
+    for (int t = 0; t < T; t++)
+        for (int j = 0; j < K; j++) {
+            int32_t s = t % 5 == 0 ? t + j - 1 : (t + 9 * j) % T;
+            lists[t * K + j] = s;
+            behind[t * K + j] = s <= t ? s : -1;
+            ahead += s > t;
+        }
+    ASSERT(ahead > T);
+    r.lists = behind;
+    OK(run(&m, r, T, x, y, NULL, &l, &k));
+    r.lists = lists;
+    OK(run(&m, r, T, x, z, used, &l, &k));
+    ASSERT(same_bits(y, z, T * 48));
+    if (mode == DSA_LAYER_SPARSE) ASSERT(same_bits(lists, used, T * K));      /* handed on as they came */
+    for (int i = 0; i < 5; i++) {
+        size_t keep = m.b.n;
+        r.chunk = chunks[i];
+        OK(run(&m, r, T, x, z, NULL, &l, &k));
+        ASSERT(same_bits(y, z, T * 48));
+        bag_shrink(&m.b, keep);
+    }
+    END(m.b);
+}
+
 /* ---- the same bits -------------------------------------------------------------------------------------------------------------- */
 typedef struct cache_kind { const char *name; dsa_type latent, index; int32_t page; } cache_kind;
 static const cache_kind cache_kinds[] = { { "f32", DSA_F32, DSA_F32, 0 }, { "bf16", DSA_BF16, DSA_BF16, 16 }, { "fp8", DSA_FP8, DSA_FP8, 4 }, { "fp8_int8", DSA_FP8, DSA_INT8, 0 } };
@@ -757,6 +796,9 @@ SUITE(layer_suite)
     CASE("window", dense_and_window_modes_match, DSA_LAYER_WINDOW);
     RUN_TEST(dense_fallback_straddles_top_k);
     RUN_TEST(shared_lists_serve_a_layer_without_indexer);
+    CASE("f32", lists_that_look_ahead, DSA_F32, DSA_LAYER_SPARSE);
+    CASE("fp8", lists_that_look_ahead, DSA_FP8, DSA_LAYER_SPARSE);
+    CASE("dense", lists_that_look_ahead, DSA_F32, DSA_LAYER_DENSE);
     CASE("f32", record_and_replay, DSA_F32, DSA_F32);
     CASE("fp8", record_and_replay, DSA_FP8, DSA_FP8);
     for (size_t i = 0; i < sizeof cache_kinds / sizeof cache_kinds[0]; i++) {

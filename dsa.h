@@ -5425,7 +5425,7 @@ static dsa_status dsa__layer_tile(const dsa_ctx *ctx, const dsa_layer_args *a, d
     const dsa_config *f = &ctx->config;
     const dsa_layer_weights *w = a->weights;
     const float *x = a->x + row * f->dim_hidden;
-    const int32_t *list = a->indices_in ? a->indices_in + row * f->top_k : NULL;
+    const int32_t *list = a->indices_in && a->mode == DSA_LAYER_SPARSE ? a->indices_in + row * f->top_k : NULL;
     int64_t H = f->n_heads, t, h;
     dsa_rope q_rope = dsa_config_rope(ctx, (int32_t)c->dim_q), kv_rope = dsa_config_rope(ctx, (int32_t)c->dim_qk);
     dsa_rope i_rope = dsa_config_index_rope(ctx);

@@ -4481,7 +4481,7 @@ static void dsa__score_keys(const dsa__score_call *call, dsa__score_task *t, con
         int32_t of[DSA__GROUP];
         m = (int32_t)dsa__min64(DSA__KEYS, end - at);
         for (i = 0, n_q = 0; i < n; i++)
-            if (t->ks[i] < t->ke[i] && t->ks[i] < at + m && at < t->ke[i]) {   /* an empty range was never prepared */
+            if (dsa__max64(t->ks[i], at) < dsa__min64(t->ke[i], at + m)) {       /* never an empty range: its query is not prepared */
                 t->queries[n_q] = t->packed + (size_t)i * call->query_bytes;
                 of[n_q++] = (int32_t)i;
             }

@@ -248,7 +248,8 @@
          dsa_step_workspace(&ctx, &args, &bytes);
          args.workspace = malloc(bytes);  args.workspace_size = bytes;
      Any alignment and content will do, and one workspace may serve all calls in turn. The size depends on the context, on formats
-     and on the counts in args (rows, heads, k, n_cols; dsa_layer: rows only up to DSA_LAYER_TILE), not on the length of a cache.
+     and on the counts in args (rows, n_q, heads, k, n_cols; dsa_layer: rows only up to DSA_LAYER_TILE), not on the length of a
+     cache, and never shrinks when rows or n_q grow: ask once, for the largest batch with the longest n_q.
      One query of dsa_score_select over 1,048,576 keys: at most 256 KiB per thread at k = 2048, HI = 64, D = 128.
 
    ERRORS
@@ -4360,7 +4361,7 @@ static dsa_status dsa__score_plan(const dsa_ctx *ctx, const dsa_score_args *a, c
     const dsa__kernels *kernels;
     dsa_type format = DSA_F32;
     int64_t longest = 0;
-    int32_t t, i, D;
+    int32_t t, i, D, room;                               /* room: query rows that a task's scratch holds */
     dsa_status st = dsa__ctx_check(ctx);
     if (st != DSA_OK) return st;
     memset(call, 0, sizeof *call);
@@ -4388,6 +4389,8 @@ static dsa_status dsa__score_plan(const dsa_ctx *ctx, const dsa_score_args *a, c
     call->n_tasks = ctx->config.n_threads;               /* of no length: an append between query and call changes no size */
     call->group = (int32_t)dsa__max64(1, dsa__min64(longest, call->n_rows < call->n_tasks ? DSA__GROUP_SPLIT
                         : dsa__min64(DSA__GROUP, (call->n_rows + call->n_tasks - 1) / call->n_tasks)));
+    /* Fewer rows than tasks go in larger groups: with room for those, a workspace serves any smaller batch as well. */
+    room = (int32_t)dsa__max64(call->group, dsa__min64(longest, dsa__min64(DSA__GROUP_SPLIT, call->n_tasks - 1)));
     call->query_bytes = (kernels->query_bytes(format, call->n_heads, D) + 63) & ~(size_t)63;
     call->tasks = (dsa__score_task *)dsa__take(arena, call->n_tasks, 1, sizeof *call->tasks);
     for (t = 0; t < call->n_tasks; t++) {
@@ -4395,16 +4398,16 @@ static dsa_status dsa__score_plan(const dsa_ctx *ctx, const dsa_score_args *a, c
         memset(&k, 0, sizeof k);
         k.head    = (float *)dsa__take(arena, call->n_heads, D, sizeof(float));
         k.w       = (float *)dsa__take(arena, call->n_heads, 1, sizeof(float));
-        k.packed  = (unsigned char *)dsa__take(arena, call->group, 1, call->query_bytes);
+        k.packed  = (unsigned char *)dsa__take(arena, room, 1, call->query_bytes);
         k.rows    = (const unsigned char **)dsa__take(arena, DSA__KEYS, 1, sizeof *k.rows);
         k.scale   = (float *)dsa__take(arena, DSA__KEYS, 1, sizeof(float));
-        k.I       = (float *)dsa__take(arena, call->group, DSA__KEYS, sizeof(float));
+        k.I       = (float *)dsa__take(arena, room, DSA__KEYS, sizeof(float));
         k.scratch = dsa__take(arena, 1, 1, kernels->score_bytes(format, call->n_heads, D));
-        k.top     = (dsa__topk *)dsa__take(arena, call->group, 1, sizeof *k.top);
-        k.queries = (const void **)dsa__take(arena, call->group, 1, sizeof *k.queries);
-        k.ks      = (int64_t *)dsa__take(arena, call->group, 1, sizeof(int64_t));
-        k.ke      = (int64_t *)dsa__take(arena, call->group, 1, sizeof(int64_t));
-        for (i = 0; out && i < call->group; i++) {
+        k.top     = (dsa__topk *)dsa__take(arena, room, 1, sizeof *k.top);
+        k.queries = (const void **)dsa__take(arena, room, 1, sizeof *k.queries);
+        k.ks      = (int64_t *)dsa__take(arena, room, 1, sizeof(int64_t));
+        k.ke      = (int64_t *)dsa__take(arena, room, 1, sizeof(int64_t));
+        for (i = 0; out && i < room; i++) {
             dsa__topk top;
             memset(&top, 0, sizeof top);
             dsa__topk_take(arena, kernels, call->sel.top_k, &top);

@@ -487,6 +487,64 @@ TEST layers_on_any_number_of_threads(uint64_t first, int n)
     PASS();
 }
 
+/* ---- one workspace for all sizes ---------------------------------------------------------------------------------------------------- */
+/* More rows, or longer sequences, never need less: who asks for the largest batch may run any smaller one. */
+TEST workspaces_grow_with_the_batch(int32_t n_threads)
+{
+    enum { MOST = 40, CAPACITY = 200 };
+    bag b = { NULL, 0 };
+    dsa_config c;
+    dsa_ctx ctx;
+    dsa_layer_weights w;
+    float one = 1;
+    memset(&c, 0, sizeof c);
+    c.isa = test_isa;
+    c.n_heads = 40;
+    c.dim_latent = 32;
+    c.dim_rope = 8;
+    c.dim_index = 32;
+    c.index_rope_width = 8;
+    c.top_k = 20;
+    c.n_threads = n_threads;
+    c.dim_hidden = c.dim_q_lora = c.dim_nope = c.dim_v = 8;
+    OK(dsa_init(&ctx, &c));
+    for (size_t i = 0; i < sizeof w / sizeof(dsa_tensor); i++) { memset(&(&w.q_a)[i], 0, sizeof(dsa_tensor)); (&w.q_a)[i].data = &one; }
+    dsa_cache_desc dl = desc_of(DSA_LATENT, DSA_FP8, CAPACITY, 0), dk = desc_of(DSA_INDEX_KEY, DSA_FP8, CAPACITY, 0);
+    dsa_cache latent = cache_of(&b, &ctx, &dl), index = cache_of(&b, &ctx, &dk);
+    for (int shape = 0; shape < 3; shape++) {            /* one sequence of n rows, n sequences of one, n of three */
+        size_t last[4] = { 0, 0, 0, 0 }, now[4];
+        for (int32_t n = 1; n <= MOST; n++) {
+            dsa_seq s[MOST];
+            dsa_score_args score;
+            dsa_selection sel;
+            dsa_attend_args attend;
+            dsa_attend_state state;
+            dsa_step_args step;
+            dsa_layer_args layer;
+            memset(&score, 0, sizeof score);
+            memset(&sel, 0, sizeof sel);
+            memset(&attend, 0, sizeof attend);
+            memset(&state, 0, sizeof state);
+            memset(&step, 0, sizeof step);
+            memset(&layer, 0, sizeof layer);
+            for (int32_t i = 0; i < n; i++) s[i] = seq_of(&latent, &index, shape == 0 ? n : shape == 1 ? 1 : 3);
+            score.n_seqs = attend.n_seqs = step.n_seqs = layer.n_seqs = shape == 0 ? 1 : n;
+            score.seqs = attend.seqs = step.seqs = layer.seqs = s;
+            state.n_rows = shape == 2 ? 3 * n : n;
+            layer.weights = &w;
+            OK(dsa_score_select_workspace(&ctx, &score, &sel, &now[0]));
+            OK(dsa_attend_workspace(&ctx, &attend, &state, &now[1]));
+            OK(dsa_step_workspace(&ctx, &step, &now[2]));
+            OK(dsa_layer_workspace(&ctx, &layer, &now[3]));
+            for (int i = 0; i < 4; i++) {
+                ASSERT(now[i] >= last[i]);
+                last[i] = now[i];
+            }
+        }
+    }
+    END(b);
+}
+
 #ifndef ROUNDS
 #define ROUNDS 40
 #endif
@@ -501,5 +559,11 @@ SUITE(random_suite)
     CASE("fp8_takes_all", an_idle_row_beside_a_busy_one, DSA_FP8, 1);
     CASE("fp8_backwards", an_idle_row_beside_a_busy_one, DSA_FP8, 2);
     RUN_TESTp(attention_on_any_number_of_threads, 2000, ROUNDS);
+    static const int32_t threads[] = { 1, 2, 3, 4, 5, 7, 8, 9, 16, 31, 33, 64 };
+    for (int i = 0; i < 12; i++) {
+        char name[8];
+        snprintf(name, sizeof name, "%d", (int)threads[i]);
+        CASE(name, workspaces_grow_with_the_batch, threads[i]);
+    }
     RUN_TESTp(layers_on_any_number_of_threads, 3000, ROUNDS);
 }

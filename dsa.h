@@ -197,7 +197,8 @@
      Order     The top-k is exact under a total order: score descending, then lower position. -0 equals +0. NaN and -inf are
                never selected, +inf is a score like others. Fewer than k: the rest is -1 (score -inf). Output ascending by position
                or, DSA_ORDER_RANK, by rank. One order means one answer, whatever the threads, tiles or shards.
-     Same bits On one ISA, one row's result does not depend on threads, batch mates, chunking or paging (score, select, attend).
+     Same bits On one ISA, one row's result does not depend on threads, batch mates, chunking or paging (score, select, attend);
+               only a NaN's sign and payload may.
                Scalar dsa_layer as well; on vector ISAs or with a gemm hook its projections may move by 1e-5 with the chunking.
                Work is cut into fixed blocks, so one dsa_attend_add over a list and two over its halves may differ in the last bits.
      Across ISAs, scores differ by the order of their f32 sums: to first order by 2 (D + HI + 2) 2^-24 Sum_h |w_h| Sum_d |q_hd k_d|
@@ -323,7 +324,7 @@
 
 #ifndef DSA_API
 #  if defined(DSA_STATIC) && defined(__GNUC__)
-#    define DSA_API static __attribute__((unused))     /* nobody calls everything */
+#    define DSA_API static __attribute__((unused))     /* nobody calls everything. DSA_STATIC belongs in files with the implementation */
 #  elif defined(DSA_STATIC)
 #    define DSA_API static
 #  else
@@ -413,20 +414,22 @@ typedef enum dsa_index_kind {
     DSA_PHYSICAL                 /* slot = page * page_size + offset; valid in [0, n_pages * page_size) */
 } dsa_index_kind;
 
-typedef enum dsa_preset { DSA_DEEPSEEK_V32 = 0, DSA_GLM_5, DSA_GLM_52 } dsa_preset;
+typedef enum dsa_preset { DSA_DEEPSEEK_V32 = 0, DSA_GLM_5, DSA_GLM_52 } dsa_preset;   /* DSA_GLM_5: GLM-5.1, too */
 
 /* ---- hooks -------------------------------------------------------------------------------- */
 /* Runs task(arg, i) for every i in [0, n_tasks), in any order, on any threads, each exactly once, and
-   returns when all are done. n_tasks never exceeds dsa_config.n_threads. Must not fail. */
+   returns when all are done. n_tasks never exceeds dsa_config.n_threads. Must not fail. Tasks never wait for each other. */
 typedef void (*dsa_task)(void *arg, int32_t i);
 typedef void (*dsa_parallel_for)(void *user, int32_t n_tasks, dsa_task task, void *arg);
 
 /* C[m, n] = A[m, k] . B[n, k]^T, f32, row-major, leading dimensions in elements. For the layer's dense
-   projections only: it may sum in any order, in f32 or better. Called from the caller's thread. tools/blis.h: BLIS. */
+   projections only (kv_b's products, head by head, stay built-in): it may sum in any order, in f32 or better. Called from the
+   caller's thread. tools/blis.h: BLIS. */
 typedef void (*dsa_gemm)(void *user, int64_t m, int64_t n, int64_t k,
                          const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc);
 
-/* alloc returns NULL on failure; any alignment malloc gives is enough. */
+/* alloc returns NULL on failure; any alignment malloc gives is enough. Both functions or neither, called from the caller's thread;
+   release gets what alloc gave. */
 typedef struct dsa_allocator {
     void *(*alloc)(void *user, size_t bytes);
     void (*release)(void *user, void *memory);
@@ -461,7 +464,8 @@ typedef struct dsa_config {
     int32_t dim_nope;            /* per head, query/key part without RoPE              0 = 128 */
     int32_t dim_v;               /* per head, value width after W_UV                   0 = 128 */
     /* numbers */
-    float softmax_scale;         /* 0 = (dim_nope + dim_rope)^-0.5 * m^2, m = 0.1 mscale ln(factor) + 1 under YaRN */
+    float softmax_scale;         /* 0 = (dim_nope + dim_rope)^-0.5 m^2, m = 0.1 mscale ln(factor) + 1 under YaRN; positive and finite.
+                                    Not (R + r)^-0.5 */
     float mscale;                /* YaRN's mscale_all_dim                              0 = 1, DSA_NONE = 0 (m = 1) */
     float norm_eps;              /* eps of q_a_layernorm and kv_a_layernorm            0 = 1e-6 */
     float index_norm_eps;        /* eps of the index key's LayerNorm                   0 = 1e-6 */
@@ -470,11 +474,11 @@ typedef struct dsa_config {
     double rope_original_context;/*                                                    0 = 4096 */
     double rope_beta_fast, rope_beta_slow; /*                                          0 = 32, 1 */
     dsa_rope_layout rope_layout; /* main attention, last dim_rope channels of q        0 = interleaved */
-    int32_t index_rope_interleaved; /* 1: GLM; 0: half-split as DeepSeek-V3.2 */
+    int32_t index_rope_interleaved; /* not 0: interleaved, GLM; 0: half-split, DeepSeek-V3.2 */
     int32_t index_rope_offset;   /* first rotated channel of an index key              0 = 0 */
     int32_t index_rope_width;    /* rotated channels of an index key                   0 = dim_rope, DSA_NONE = 0 */
-    int32_t index_share_freq;    /* GLM-5.2 IndexShare, see dsa_layer_has_indexer()    0 = every layer has one */
-    int32_t index_share_offset;
+    int32_t index_share_freq;    /* GLM-5.2 IndexShare                                 0 = every layer has one */
+    int32_t index_share_offset;  /* both for the caller's dsa_layer_has_indexer(): no call reads them */
     dsa_hadamard hadamard;
     /* run time */
     dsa_isa isa;                 /* 0 = the best this CPU has */
@@ -485,7 +489,8 @@ typedef struct dsa_config {
     dsa_gemm gemm;               /* NULL: built-in */
     void *gemm_user;
     dsa_allocator allocator;     /* used by dsa_cache_create and dsa_pool_create only; zero = malloc/free */
-    char *detail;                /* optional: on error, which argument of which call; zero-terminated */
+    char *detail;                /* optional: on error, which argument of which call; zero-terminated. Left alone on success, but
+                                    emptied by dsa_init */
     size_t detail_size;          /* (copies of a context on several threads want a buffer each) */
 } dsa_config;
 
@@ -494,7 +499,8 @@ struct dsa__kernels;
 /* A context: the resolved config and the kernel table. Plain data in the caller's memory: nothing to free,
    may be copied, read-only for every call and therefore shared by threads. */
 typedef struct dsa_ctx {
-    dsa_config config;           /* resolved: defaults filled in, DSA_NONE has become 0; not to be given to dsa_init again */
+    dsa_config config;           /* resolved: defaults filled in, DSA_NONE has become 0; not to be given to dsa_init again. isa and
+                                    hadamard stay as they were given */
     const struct dsa__kernels *kernels;
 } dsa_ctx;
 
@@ -509,7 +515,7 @@ DSA_API dsa_status  dsa_init(dsa_ctx *ctx, const dsa_config *config);
 /* The ISA that dsa_init chose. */
 DSA_API dsa_isa     dsa_query_isa(const dsa_ctx *ctx);
 /* The config's two rotary embeddings: of the main attention for a row of dim_row channels (rotates its last dim_rope),
-   and of the indexer. */
+   and of the indexer. ctx: initialised, not NULL. */
 DSA_API dsa_rope    dsa_config_rope(const dsa_ctx *ctx, int32_t dim_row);
 DSA_API dsa_rope    dsa_config_index_rope(const dsa_ctx *ctx);
 /* GLM-5.2 IndexShare (spec 1): 1 if 0-based layer i has its own indexer: max(i - offset + 1, 0) % freq == 0, or freq <= 1. */
@@ -524,24 +530,27 @@ DSA_API float    dsa_e4m3_to_f32(uint8_t x);      /* 0x7F, 0xFF: NaN */
 DSA_API uint8_t  dsa_f32_to_e4m3(float x);        /* round to nearest even, saturates at 448 (inf too); NaN: 0x7F with its sign */
 DSA_API float    dsa_ue8m0_to_f32(uint8_t x);     /* 2^(x-127); 0 is 2^-127, 255 is NaN */
 DSA_API uint8_t  dsa_f32_to_ue8m0_ceil(float x);  /* least b with 2^(b-127) >= x, for x > 0; at most 254 */
-/* Smallest power of two >= x, for finite x > 0 (spec 3.4). */
+/* Smallest power of two >= x, for finite x > 0 (spec 3.4); +inf above 2^127. */
 DSA_API float    dsa_pow2_ceil(float x);
-/* One row of n values to e4m3 / int8; returns the f32 scale, x ~ scale * y.
+/* One row of n values to e4m3 / int8; returns the f32 scale, x ~ scale * y. x, y [n].
+   NaN has no part in amax, an infinity counts as FLT_MAX there. e4m3 keeps a NaN (0x7F); int8 cannot: its scale becomes NaN.
    e4m3: s = 2^ceil(log2(max(amax, 1e-4) / 448))   int8: s = max(amax, 1e-4) / 127, half to even, clamp +-127 */
 DSA_API float    dsa_quantize_e4m3(const float *x, int32_t n, uint8_t *y);
 DSA_API float    dsa_quantize_int8(const float *x, int32_t n, int8_t *y);
 
 /* ---- row operations of the layer (each usable on its own) ----------------------------------- */
-/* In place on n_rows rows, `stride` floats apart. ERR_NULL, ERR_SHAPE. */
+/* In place on n_rows rows, `stride` floats apart, sums in double; gain, bias [dim]. ERR_NULL, ERR_SHAPE.
+   y = x (mean(x^2) + eps)^-0.5 gain          y = (x - mean) (var + eps)^-0.5 gain + bias, biased variance */
 DSA_API dsa_status dsa_rms_norm(float *x, int64_t n_rows, int64_t stride, int32_t dim, const float *gain, float eps);
 DSA_API dsa_status dsa_layer_norm(float *x, int64_t n_rows, int64_t stride, int32_t dim, const float *gain, const float *bias, float eps);
 /* Sylvester order, times dim^-0.5: orthonormal and self-inverse. dim must be a power of two. */
 DSA_API dsa_status dsa_hadamard_rows(float *x, int64_t n_rows, int64_t stride, int32_t dim);
 /* Rotates channels [offset, offset + width) of n_heads heads (head_stride floats apart) of each row by the row's
-   position; inverse != 0 rotates back. positions [n_rows]. dim_row only bounds the check offset + width <= dim_row. */
+   position; inverse != 0 rotates back. positions [n_rows]. dim_row only bounds the check offset + width <= dim_row. Strides in
+   floats. Angles in double, their cos and sin rounded to f32. ERR_NULL, ERR_SHAPE, ERR_ARGUMENT (a number of rope). */
 DSA_API dsa_status dsa_rope_rows(float *x, int64_t n_rows, int64_t row_stride, int32_t n_heads, int64_t head_stride,
                                  int32_t dim_row, const dsa_rope *rope, const int64_t *positions, int inverse);
-/* f_i for i in [0, width/2), spec 2.1 with n = width. */
+/* f_i for i in [0, width/2), spec 2.1 with n = width. Errors likewise. */
 DSA_API dsa_status dsa_rope_frequencies(const dsa_rope *rope, double *f);
 
 /* ---- caches ------------------------------------------------------------------------------- */
@@ -557,26 +566,27 @@ typedef struct dsa_cache_desc {
     int32_t page_size;           /* rows per page                             0 = one page of `capacity` rows */
 } dsa_cache_desc;
 
-/* One sequence's rows of one layer: a view plus its length. Every field may be read; the first group may be filled by
-   hand to lay a view over memory that the library does not know (then call dsa_cache_check once).
+/* One sequence's rows of one layer: a view plus its length. Every field may be read; kind to len may be filled by hand, in a
+   zeroed struct, to lay a view over memory that the library does not know (then call dsa_cache_check once).
 
    Row i lives in page p = block_table[i / page_size] (p = i / page_size without a table), at offset o = i % page_size:
-     F32, BF16; FP8 latents  data + p * page_stride + o * row_stride
+     F32, BF16, FP8 latents  data + p * page_stride + o * row_stride        F32 and BF16 index keys likewise
      FP8, INT8 index keys    data + p * page_stride + o * dim,  its f32 scale at
                              scales + p * scale_page_stride + o * 4  (scales NULL: behind the page's data, at
                              data + p * page_stride + page_size * dim + o * 4: DeepGEMM's planar page) */
 typedef struct dsa_cache {
     dsa_kind kind;
     dsa_type format;
-    int32_t dim, dim_rope;       /* resolved: dim_rope >= 0 here */
+    int32_t dim, dim_rope;       /* resolved: dim_rope >= 0 here, 0 for index keys */
     int32_t hadamard;            /* 0 or 1 (not the enum). 1: rows are Hadamard-rotated (append rotates them, score rotates the queries) */
     int32_t page_size;           /* rows per page, >= 1 */
     int64_t n_pages;             /* pages in the pool `data` points to */
-    int64_t n_blocks;            /* entries of block_table; those beyond the rows in use are not read */
+    int64_t n_blocks;            /* entries of block_table; those beyond the rows in use are not read. Ignored without a table */
     const int32_t *block_table;  /* NULL: block b is page b */
     void *data;
-    void *scales;
-    size_t row_stride, page_stride, scale_page_stride;   /* bytes */
+    void *scales;                /* planar pages only; NULL: in the page */
+    size_t row_stride, page_stride, scale_page_stride;   /* bytes. Planar: no row_stride, and page_stride a multiple of 4 unless scales
+                                    is set. The last two only count from the second page on */
     int64_t len;                 /* rows written so far */
     dsa_device device;           /* where the rows live: CPU or CUDA, never AUTO */
     void *owned;                 /* memory to release, or NULL */
@@ -585,23 +595,27 @@ typedef struct dsa_cache {
 
 /* Layout calculators. dim_rope: 0 or DSA_NONE = none here (no config is at hand).
    Latent row bytes: F32 4(R+r), BF16 2(R+r), FP8 R + 4 ceil(R/128) + 2r. Index key: F32 4D, BF16 2D, FP8 and INT8 D + 4.
-   A planar page: page_size * (D + 4), rounded up to 4. ERR_SHAPE, ERR_FORMAT, ERR_OVERFLOW. */
+   (D + 4 is a token's share of a planar page, no stride.) A planar page: page_size * (D + 4), rounded up to 4; others are not
+   rounded. ERR_NULL, ERR_SHAPE, ERR_FORMAT, ERR_OVERFLOW. */
 DSA_API dsa_status dsa_row_bytes(dsa_kind kind, dsa_type format, int32_t dim, int32_t dim_rope, size_t *bytes);
 DSA_API dsa_status dsa_page_bytes(dsa_kind kind, dsa_type format, int32_t dim, int32_t dim_rope, int32_t page_size, size_t *bytes);
 /* Bytes that dsa_cache_init wants for this desc. */
 DSA_API dsa_status dsa_cache_bytes(const dsa_ctx *ctx, const dsa_cache_desc *desc, size_t *bytes);
-/* Empty cache in the caller's memory (any alignment; contents need no initialisation). ERR_CAPACITY if it is too small. */
+/* Empty cache in the caller's memory (any alignment; contents need no initialisation), which must outlive it. ERR_CAPACITY if it is
+   too small. */
 DSA_API dsa_status dsa_cache_init(const dsa_ctx *ctx, const dsa_cache_desc *desc, void *memory, size_t bytes, dsa_cache *cache);
-/* The same in memory from the config's allocator; dsa_cache_destroy gives it back. ERR_MEMORY. */
+/* The same in memory from the config's allocator; dsa_cache_destroy gives it back. What *cache held before is not released.
+   ERR_MEMORY; ERR_UNSUPPORTED under DSA_NO_MALLOC without an allocator. */
 DSA_API dsa_status dsa_cache_create(const dsa_ctx *ctx, const dsa_cache_desc *desc, dsa_cache *cache);
 DSA_API void       dsa_cache_destroy(dsa_cache *cache);    /* NULL and zeroed caches are fine */
-/* View over a pool of pages that the caller owns. page_stride 0 = tight. block_table may be NULL. */
+/* View over a pool of pages; pool and table stay the caller's and must outlive it. kind, format, dims, hadamard and page_size come
+   from desc. page_stride 0 = tight. block_table may be NULL. The first len rows are there already. Errors as dsa_cache_check. */
 DSA_API dsa_status dsa_cache_view(const dsa_ctx *ctx, const dsa_cache_desc *desc, void *pool, int64_t n_pages, size_t page_stride,
                                   const int32_t *block_table, int64_t n_blocks, int64_t len, dsa_cache *cache);
-/* Checks a view filled by hand: ERR_NULL, ERR_SHAPE, ERR_FORMAT, ERR_TABLE, ERR_CAPACITY, ERR_OVERFLOW. */
+/* Checks a view filled by hand: ERR_NULL, ERR_ARGUMENT, ERR_SHAPE, ERR_FORMAT, ERR_TABLE, ERR_OVERFLOW, ERR_NO_DEVICE. */
 DSA_API dsa_status dsa_cache_check(const dsa_ctx *ctx, const dsa_cache *cache);
 DSA_API int64_t    dsa_cache_capacity(const dsa_cache *cache);
-/* Keeps rows [0, n_rows). ERR_ARGUMENT if n_rows > len. Clear is truncate(0). */
+/* Keeps rows [0, n_rows). ERR_ARGUMENT if n_rows > len. Clear is truncate(0). Not beside an appender, nor is dsa_cache_read. */
 DSA_API dsa_status dsa_cache_truncate(const dsa_ctx *ctx, dsa_cache *cache, int64_t n_rows);
 /* Rows [begin, end) as f32 [end - begin, dim + dim_rope], dequantised. Hadamard-rotated keys come back as stored
    (rotated); dsa_hadamard_rows undoes it. ERR_ARGUMENT unless 0 <= begin <= end <= len. */
@@ -614,19 +628,23 @@ DSA_API dsa_status dsa_cache_read(const dsa_ctx *ctx, const dsa_cache *cache, in
 typedef struct dsa_seq {
     dsa_cache *latent;           /* NULL where the call does not read latents */
     dsa_cache *index;            /* NULL where the call does not read index keys */
-    int64_t len;                 /* rows visible to this call; 0 = the cache's len, DSA_NONE = 0. Pass your own beside an appender. */
+    int64_t len;                 /* rows visible to this call; 0 = the cache's len, DSA_NONE = 0. Pass your own beside an appender. It may
+                                    exceed the cache's len, up to the capacity: then you vouch for the rows */
     int32_t n_q;                 /* queries (append: rows to write); 0 = 1, DSA_NONE = 0 */
 } dsa_seq;
 
 /* ---- 1. append ---------------------------------------------------------------------------- */
 typedef struct dsa_append_args {
     int32_t n_seqs;
-    const dsa_seq *seqs;         /* n_q rows go behind row len - 1 of each cache; seq.len is ignored */
+    const dsa_seq *seqs;         /* n_q rows go behind row len - 1 of each cache; seq.len is ignored. No cache twice, unless slots are
+                                    given or n_q is DSA_NONE: ERR_ARGUMENT */
     const float *latent;         /* [rows, R + r]  normalised c, then rotated k_pe; NULL = no latent cache is written */
     const float *index_key;      /* [rows, D]      normalised and rotated k_I, before Hadamard; NULL likewise */
-    const int64_t *slots;        /* optional [rows]: write to these physical slots instead; -1 = skip; len stays as it is */
+    const int64_t *slots;        /* optional [rows], for both caches: write to these physical slots instead, in [0, n_pages page_size),
+                                    -1 = skip, else ERR_TABLE; len stays as it is */
 } dsa_append_args;
-/* All or nothing: capacity, tables and slots of every sequence are checked before the first byte is written. */
+/* All or nothing: capacity, tables and slots of every sequence are checked before the first byte is written. Needs no workspace, runs
+   on the caller's thread. ERR_CAPACITY, ERR_TABLE, ERR_FORMAT, ERR_ARGUMENT, ERR_NULL and what dsa_cache_check gives. */
 DSA_API dsa_status dsa_append(const dsa_ctx *ctx, const dsa_append_args *args);
 
 /* ---- 2. score ----------------------------------------------------------------------------- */
@@ -636,7 +654,8 @@ typedef struct dsa_score_args {
     const dsa_seq *seqs;         /* index caches: one format, one set of dims, one Hadamard flag */
     const float *q;              /* [rows, HI, D]  after RoPE, before Hadamard and rounding */
     const float *w;              /* [rows, HI]     with HI^-0.5 D^-0.5 already in; may be negative */
-    const int64_t *ks, *ke;      /* optional [rows]: half-open key range instead of the visible rows, clamped to [0, len]; both or neither */
+    const int64_t *ks, *ke;      /* optional [rows]: half-open key range instead of the visible rows, clamped to [0, len]: rows after the
+                                    query count, too. Both or neither; ks >= ke: none */
     int32_t n_index_heads;       /* 0 = the config's */
     void *workspace;             /* any alignment */
     size_t workspace_size;
@@ -644,15 +663,18 @@ typedef struct dsa_score_args {
 
 /* What selection writes. */
 typedef struct dsa_selection {
-    int32_t top_k;               /* k; 0 = the config's */
+    int32_t top_k;               /* k >= 1; 0 = the config's */
     dsa_order order;
     int32_t *indices;            /* [rows, k] logical positions, unused places -1 */
     float *scores;               /* optional [rows, k] in the same order, unused places -inf */
     int32_t *counts;             /* optional [rows] places used */
 } dsa_selection;
 
+/* All x_workspace functions: checks and errors of the call itself; pointers to data may still be NULL; *bytes is written on success
+   only. */
 DSA_API dsa_status dsa_score_workspace(const dsa_ctx *ctx, const dsa_score_args *args, size_t *bytes);
-/* scores [rows, stride]: columns [0, n_cols), -inf outside the row's key range. n_cols <= stride. */
+/* scores [rows, stride]: columns [0, n_cols), -inf outside the row's key range; the columns behind them are left alone, keys from
+   n_cols on not scored. ERR_SHAPE unless 0 <= n_cols <= stride. */
 DSA_API dsa_status dsa_score(const dsa_ctx *ctx, const dsa_score_args *args, float *scores, int64_t n_cols, int64_t stride);
 
 /* ---- 3. select ---------------------------------------------------------------------------- */
@@ -674,7 +696,8 @@ DSA_API dsa_status dsa_score_select_workspace(const dsa_ctx *ctx, const dsa_scor
 DSA_API dsa_status dsa_score_select(const dsa_ctx *ctx, const dsa_score_args *args, const dsa_selection *out);
 
 /* The exact top-k of the union of several selections (shards of one sequence, whose indices the caller has already made
-   global and which must be disjoint). indices[p], scores[p]: [n_rows, k_in]; entries -1 are skipped. */
+   global and which must be disjoint). indices[p], scores[p]: [n_rows, k_in]; negative indices and scores that are NaN or -inf are
+   skipped. Runs on the caller's thread. */
 typedef struct dsa_merge_topk_args {
     int32_t n_parts, k_in;
     int64_t n_rows;
@@ -709,11 +732,12 @@ typedef struct dsa_attend_args {
     int32_t n_seqs;
     const dsa_seq *seqs;         /* latent caches: one format and one set of dims */
     const float *q;              /* [rows, n_heads, R + r]  [q_lat | q_pe] */
-    float scale;                 /* softmax scale; 0 = the config's */
+    float scale;                 /* softmax scale, any finite value; 0 = the config's */
     dsa_attend_what what;
     dsa_index_kind index_kind;
-    const int32_t *indices;      /* LIST: [rows, index_stride]; anything invalid is skipped; duplicates count as often as they appear */
-    int64_t n_indices;           /* entries read per row; 0 = the config's top_k */
+    const int32_t *indices;      /* LIST: [rows, index_stride]; anything invalid is skipped; duplicates count as often as they appear; rows
+                                    after the query count, too */
+    int64_t n_indices;           /* entries read per row; 0 = the config's top_k (for none: counts of 0) */
     int64_t index_stride;        /* int32s from row to row; 0 = n_indices */
     const int32_t *counts;       /* optional [rows]: read only the first counts[row] entries (clamped to [0, n_indices]) */
     const int64_t *ks, *ke;      /* RANGE: [rows] */
@@ -726,21 +750,22 @@ DSA_API dsa_status dsa_attend_workspace(const dsa_ctx *ctx, const dsa_attend_arg
 DSA_API dsa_status dsa_attend_add(const dsa_ctx *ctx, const dsa_attend_args *args, const dsa_attend_state *state);
 /* out [n_rows, n_heads, dim_v] (may be state->out), lse and max_logit [n_rows, n_heads] optional, natural log, without the
    sink. sinks [n_heads] optional: logits z_h of a column whose value is 0, not scaled; -inf has no effect, +inf gives 0.
-   Empty row: out 0, lse +inf, max_logit -inf. */
+   Empty row: out 0, lse +inf, max_logit -inf. The state stays as it is, unless out is state->out. */
 DSA_API dsa_status dsa_attend_finish(const dsa_ctx *ctx, const dsa_attend_state *state, const float *sinks,
                                      float *out, float *lse, float *max_logit);
-/* Keeps the state as a partial: out normalised, no sink, lse natural, -inf where empty. */
+/* Keeps the state as a partial: out normalised, no sink, lse natural, -inf where empty. out may be state->out, which ends the state. */
 DSA_API dsa_status dsa_attend_partial(const dsa_ctx *ctx, const dsa_attend_state *state, float *out, float *lse);
 /* Merges n_parts partials (not results of finish: their empty rows have lse +inf), in this order, up to f32 rounding:
    out = Sum_p e^(lse_p - L) out_p, L = ln Sum_p e^lse_p. Sinks as in finish.
-   outs[p] [n_rows, n_heads, dim_v], lses[p] [n_rows, n_heads]. lse (optional) is +inf where everything was empty. */
+   outs[p] [n_rows, n_heads, dim_v], lses[p] [n_rows, n_heads]; out and lse are none of them. lse (optional) is +inf where everything
+   was empty. */
 DSA_API dsa_status dsa_attend_merge(const dsa_ctx *ctx, int32_t n_parts, const float *const *outs, const float *const *lses,
                                     int64_t n_rows, int32_t n_heads, int32_t dim_v, const float *sinks, float *out, float *lse);
 
 /* ---- the fused step: [append] -> score + select -> attend ------------------------------------ */
 typedef struct dsa_step_args {
     int32_t n_seqs;
-    const dsa_seq *seqs;         /* both caches; n_q queries each */
+    const dsa_seq *seqs;         /* both caches; n_q queries each. len 0: both caches of one length, else ERR_ARGUMENT */
     const float *latent;         /* optional [rows, R + r]: rows to append first, with index_key; both or neither */
     const float *index_key;      /* optional [rows, D]. When appending, seq.len must be 0: the new rows are the queries' */
     const float *q;              /* [rows, H, R + r] */
@@ -751,7 +776,8 @@ typedef struct dsa_step_args {
     int32_t top_k;               /* 0 = the config's */
     float *out;                  /* [rows, H, R] */
     float *lse;                  /* optional [rows, H] */
-    int32_t *indices;            /* optional [rows, k]: what was selected, ascending; NULL: in the workspace, so say which in the size query */
+    int32_t *indices;            /* optional [rows, k]: what was selected, ascending; NULL: they lie in the workspace, which is then
+                                    larger: query with the pointer you will pass, or with NULL */
     void *workspace;
     size_t workspace_size;
 } dsa_step_args;
@@ -760,7 +786,8 @@ DSA_API dsa_status dsa_step(const dsa_ctx *ctx, const dsa_step_args *args);
 
 /* ---- 5. the layer ------------------------------------------------------------------------- */
 /* A weight in the caller's memory, row-major [out, in], any alignment. FP8: scale_inv [ceil(out/128), ceil(in/128)] f32,
-   value = e4m3 * scale_inv (DeepSeek's weight_scale_inv). Vectors are tensors with out = 1. */
+   value = e4m3 * scale_inv (DeepSeek's weight_scale_inv). Vectors are tensors with out = 1. Nothing can hold it to its shape: a
+   tensor that is too small is read beyond its end. */
 typedef struct dsa_tensor {
     const void *data;
     dsa_type type;               /* F32, BF16, F16, FP8 */
@@ -787,14 +814,14 @@ typedef struct dsa_layer_weights {
 typedef enum dsa_layer_mode {
     DSA_LAYER_SPARSE = 0,        /* DSA */
     DSA_LAYER_DENSE,             /* everything visible */
-    DSA_LAYER_WINDOW             /* the newest top_k visible rows, the query's own included */
+    DSA_LAYER_WINDOW             /* the config's top_k newest visible rows, the query's own included */
 } dsa_layer_mode;
 
 typedef struct dsa_layer_args {
     const dsa_layer_weights *weights;
     int32_t n_seqs;
-    const dsa_seq *seqs;         /* n_q new rows each, appended to both caches (index NULL in a layer without indexer); seq.len must be 0 */
-    const float *x;              /* [rows, hidden]  output of input_layernorm */
+    const dsa_seq *seqs;         /* n_q new rows each, appended to both caches (a layer without indexer ignores index); len must be 0 */
+    const float *x;              /* [rows, hidden]  output of input_layernorm, f32 */
     float *y;                    /* [rows, hidden]  output of o_proj, before the residual; may not alias x */
     const int64_t *positions;    /* optional [rows] RoPE positions; NULL = the row number in the cache */
     dsa_layer_mode mode;
@@ -812,9 +839,10 @@ DSA_API dsa_status dsa_layer(const dsa_ctx *ctx, const dsa_layer_args *args);
 /* ---- threads ------------------------------------------------------------------------------ */
 #ifndef DSA_NO_THREADS
 /* A small pool: n_threads - 1 workers plus the caller. config.parallel_for = dsa_pool_run, parallel_user = the pool,
-   n_threads = the pool's. One call at a time may run on a pool. */
+   n_threads = the pool's. One call at a time may run on a pool, and none from inside a task. n_threads in [1, 4096], else
+   ERR_ARGUMENT; ERR_NULL (pool, or half an allocator), ERR_MEMORY, ERR_THREAD, ERR_UNSUPPORTED (DSA_NO_MALLOC, no allocator). */
 typedef struct dsa_pool dsa_pool;
-DSA_API dsa_status dsa_pool_create(const dsa_allocator *allocator, int32_t n_threads, dsa_pool **pool);   /* allocator may be NULL */
+DSA_API dsa_status dsa_pool_create(const dsa_allocator *allocator, int32_t n_threads, dsa_pool **pool);   /* allocator NULL: malloc */
 DSA_API void       dsa_pool_destroy(dsa_pool *pool);                                                     /* NULL is fine */
 DSA_API void       dsa_pool_run(void *pool, int32_t n_tasks, dsa_task task, void *arg);                  /* a dsa_parallel_for */
 #endif

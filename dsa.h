@@ -1389,7 +1389,8 @@ static void dsa__ref_axpys(int32_t n, int32_t dim, const float *p, int64_t ldp, 
 /* The heads of one query in the form of the key format (contracts: both sides are rounded alike): Hadamard when the keys have it;
    BF16 rounded; FP8 and INT8 quantised per head, the scale folded into w (spec 3.1). q [HI, D], w [HI] -> x [HI, D], v [HI]. The text
    is plain C; vector sections compile it again for their own target. */
-DSA__INLINE void dsa__round_heads(dsa_type format, int hadamard, int32_t n_heads, int32_t D, const float *q, const float *w, float *x, float *v)
+DSA__INLINE void dsa__round_heads(dsa_type format, int hadamard, int32_t n_heads, int32_t D, const float *q, const float *w,
+                                  float *x, float *v)
 {
     int32_t h, d;
     for (h = 0; h < n_heads; h++, x += D) {
@@ -1409,7 +1410,8 @@ DSA__INLINE void dsa__round_heads(dsa_type format, int hadamard, int32_t n_heads
     }
 }
 
-static void dsa__ref_query_round(dsa_type format, int hadamard, int32_t n_heads, int32_t dim, const float *q, const float *w, float *x, float *v)
+static void dsa__ref_query_round(dsa_type format, int hadamard, int32_t n_heads, int32_t dim, const float *q, const float *w,
+                                 float *x, float *v)
 {
     dsa__round_heads(format, hadamard, n_heads, dim, q, w, x, v);
 }
@@ -1621,7 +1623,6 @@ typedef struct dsa__kernels {
    The k-th best is found by bisection, first over a few of the scores, then over all floats between two of them, mapped to
    unsigned integers in the same order: at most 39 counts, whatever the values are; some 14 when they are distinct. */
 
-#define DSA__KEYS 96                         /* most scores of one push */
 #define DSA__PROBES 32
 
 /* Appends to out_s, out_i the s[j] > above (false for NaN) and their indices first + j, in order; returns how many.
@@ -1812,7 +1813,8 @@ static float dsa__topk_guess(const dsa__topk *t, const float *s, int64_t n, uint
    So whatever the scores are: at most three scans and five samples. A shrink takes at most 39 counts and one keep over `room`
    entries and sets free 7/16 of them or more: over all shrinks of a scan less than 100 such steps for each score that enters,
    some 10 when they are distinct, and in vectors a step is a fraction of an instruction. No input takes more than linear time.
-   Measured: up to 1.6 times the random row for inputs made to deceive the first sample, up to 1.4 times for all others. */
+   Measured by tools/ladder/topk.c on a Zen 4 with AVX-512, rows of 64K, relative to a random row: 1.5 to 1.8 for inputs made to
+   deceive the samples, up to 1.4 for all others. */
 static void dsa__topk_row(dsa__topk *t, const float *s, int64_t n, int64_t first)
 {
     const dsa__kernels *k = t->kernels;
@@ -2250,7 +2252,8 @@ DSA__F32X8_INLINE void dsa__tile8(int how, int32_t rows, int32_t depth, const fl
 #undef DSA__STEP
 #undef DSA__ROW
     if (how == DSA__TILE_FOLD) {
-        const dsa__f32x8 zero = dsa__set8(0.0f), w0 = dsa__load8(w), w1 = dsa__load8(w + 8), m0 = dsa__load8(w + 16), m1 = dsa__load8(w + 24);
+        const dsa__f32x8 zero = dsa__set8(0.0f), w0 = dsa__load8(w), w1 = dsa__load8(w + 8);
+        const dsa__f32x8 m0 = dsa__load8(w + 16), m1 = dsa__load8(w + 24);
 #define DSA__ROW(r) \
         c##r = dsa__fma8(w0, dsa__and8(dsa__max8(zero, c##r), m0), dsa__load8(y##r)); \
         dsa__store8(y##r, dsa__fma8(w1, dsa__and8(dsa__max8(zero, d##r), m1), c##r));
@@ -2351,7 +2354,8 @@ static DSA__F32X8 void dsa__tile_set_f32x8(int32_t rows, int32_t depth, const fl
     dsa__tile8(DSA__TILE_SET, rows, depth, a, lda, b, DSA__COLS, y, DSA__COLS, NULL);
 }
 
-static DSA__F32X8 void dsa__tile_fold_f32x8(int32_t rows, int32_t depth, const float *a, int64_t lda, const float *b, const float *w, float *y)
+static DSA__F32X8 void dsa__tile_fold_f32x8(int32_t rows, int32_t depth, const float *a, int64_t lda, const float *b, const float *w,
+                                            float *y)
 {
     dsa__tile8(DSA__TILE_FOLD, rows, depth, a, lda, b, DSA__COLS, y, 8, w);
 }
@@ -2513,7 +2517,8 @@ static DSA__F32X8 void dsa__attend_f32x8(const dsa__attend_shape *s, const void 
             dsa__tile_set_f32x8(dsa__min32(DSA__TILE_ROWS, n - j), dim, kv + j * ldv, ldv, q, x + j * DSA__COLS);
         memcpy(m16, max + h, size);
         memcpy(s16, sum + h, size);
-        for (i = 0; i < 16; i += 8) dsa__softmax_f32x8(n, s->scale, x + i, m16 + i, s16 + i, keep + h + i, p + (int64_t)(h + i) * DSA__ROWS);
+        for (i = 0; i < 16; i += 8)
+            dsa__softmax_f32x8(n, s->scale, x + i, m16 + i, s16 + i, keep + h + i, p + (int64_t)(h + i) * DSA__ROWS);
         memcpy(max + h, m16, size);
         memcpy(sum + h, s16, size);
     }
@@ -2543,7 +2548,11 @@ static DSA__F32X8 void dsa__query_round_f32x8(dsa_type format, int hadamard, int
 
 /* ============================================================================================
    >>avx512                                   selection, scoring and attention with AVX-512
-   ============================================================================================ */
+   ============================================================================================
+   Three levels of CPU share the texts: F, BW, VL, DQ (everything in f32 fma); with VNNI (int8 keys by vpdpbusd, exact int32 sums);
+   with BF16, VBMI and VBMI2 (bf16 and FP8 keys, and attention that may round q and P, by vdpbf16ps: exact products, f32 sums).
+   Selection is the three primitives of >>topk. Scoring is eq. (1) with heads in the lanes, attention the online softmax of
+   dsa__ref_attend_block as two matrix products: see the heads of the two parts. */
 #if defined(DSA__X86)
 #if !defined(__clang__)                      /* g++ 12 warns about its own intrinsics (gcc bug 105593) */
 #  pragma GCC diagnostic push
@@ -3104,8 +3113,8 @@ DSA__INLINE DSA__AVX512 void dsa__tile_put_avx512(float *c, uint16_t mask, int l
             ahead_last = 0; \
         } \
     } \
-    DSA__INLINE isa void name##_heads(const int nv, int32_t n_heads, int32_t steps, const float *p, const unsigned char *v, const float *keep, \
-                                       float *out, size_t ldi, uint16_t mask) \
+    DSA__INLINE isa void name##_heads(const int nv, int32_t n_heads, int32_t steps, const float *p, const unsigned char *v, \
+                                      const float *keep, float *out, size_t ldi, uint16_t mask) \
     { \
         int32_t k; \
         for (k = 0; k < n_heads + 8; k += 8) {           /* 8, 0, 24, 16, ..: */ \
@@ -3282,9 +3291,11 @@ static DSA__AVX512_BF16 void dsa__expand_bf16_avx512(const dsa__attend_shape *s,
 }
 
 /* nv vectors of V for n rows from element d on: [n, nv, 16] f32, or [ceil(n/2), nv, 16] bf16 pairs of rows 2j and 2j+1. */
-static DSA__AVX512 void dsa__stage_avx512(int bf16, int32_t n, const unsigned char *const *kv, int32_t d, int32_t dim_v, int32_t nv, unsigned char *v)
+static DSA__AVX512 void dsa__stage_avx512(int bf16, int32_t n, const unsigned char *const *kv, int32_t d, int32_t dim_v, int32_t nv,
+                                          unsigned char *v)
 {
-    const __m512i odd = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+    const __m512i odd = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0,
+                                         7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
     const uint16_t last = dsa__mask16(dim_v - d - 16 * (nv - 1));
     int32_t j, i;
     if (!bf16) {
@@ -3298,7 +3309,10 @@ static DSA__AVX512 void dsa__stage_avx512(int bf16, int32_t n, const unsigned ch
         for (i = 0; i < nv; i++, v += 64) {
             uint16_t mask = i + 1 < nv ? 0xFFFF : last;
             __m512i x = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even + 32 * i));
-            if (next) x = _mm512_mask_permutexvar_epi16(x, 0xAAAAAAAAu, odd, _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, next + 32 * i)));
+            if (next) {
+                __m512i y = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, next + 32 * i));
+                x = _mm512_mask_permutexvar_epi16(x, 0xAAAAAAAAu, odd, y);
+            }
             _mm512_storeu_si512(v, x);
         }
     }
@@ -3333,7 +3347,8 @@ static isa void name(const dsa__attend_shape *s, const float *q, unsigned char *
                 } \
             } \
             for (i = 0; i < 16 && at + i < steps; i++) \
-                _mm512_storeu_si512(packed + ((size_t)first * (size_t)steps + (size_t)(at + i) * (size_t)nv + (size_t)(v - first)) * 64, r[i]); \
+                _mm512_storeu_si512(packed + \
+                                    ((size_t)first * (size_t)steps + (size_t)(at + i) * (size_t)nv + (size_t)(v - first)) * 64, r[i]); \
         } \
     } \
 }
@@ -3365,8 +3380,8 @@ static size_t dsa__attend_bytes_avx512_(const dsa__attend_shape *s, int bf16)
     return groups * (DSA__ROWS + 1) * 64 + DSA__ROWS * 192 + DSA__ROWS * rows;
 }
 
-static void dsa__attend_avx512_(const dsa__attend_shape *s, const void *packed, int32_t n, int32_t n_ahead, const unsigned char *const *rows,
-                                float *max, float *sum, float *out, void *scratch, int bf16)
+static void dsa__attend_avx512_(const dsa__attend_shape *s, const void *packed, int32_t n, int32_t n_ahead,
+                                const unsigned char *const *rows, float *max, float *sum, float *out, void *scratch, int bf16)
 {
     const int32_t R = s->dim_latent, r = s->dim_rope, groups = (s->n_heads + 15) / 16, in_place = dsa__attend_in_place(s, bf16);
     const size_t width = dsa__attend_row_floats(s) * (bf16 ? 2 : 4);
@@ -3375,7 +3390,8 @@ static void dsa__attend_avx512_(const dsa__attend_shape *s, const void *packed, 
     const unsigned char *kv[DSA__ROWS];
     int32_t j, i, nv, d;
     const unsigned char *a[8], *ahead[8];
-    const size_t row_bytes = (size_t)(s->format == DSA_F32 ? 4 * (R + r) : s->format == DSA_BF16 ? 2 * (R + r) : R + (R + 127) / 128 * 4 + 2 * r);
+    const size_t last = (size_t)(s->format == DSA_F32 ? 4 * (R + r) :                   /* byte of a row */
+                                 s->format == DSA_BF16 ? 2 * (R + r) : R + (R + 127) / 128 * 4 + 2 * r) - 1;
     int32_t steps = bf16 ? (R + r + 1) / 2 : R + r;
     for (j = 0; j < n; j += 8) {
         for (i = 0; i < 8; i++) {
@@ -3389,9 +3405,9 @@ static void dsa__attend_avx512_(const dsa__attend_shape *s, const void *packed, 
             ahead[i] = rows[dsa__min32(j + 8 + i, n + n_ahead - 1)];
         }
         if (bf16)
-            dsa__tile_bf16_avx512_logits(groups, steps, a, (const unsigned char *)packed, ahead, row_bytes - 1, n - j, s->scale, x + (size_t)j * 16);
+            dsa__tile_bf16_avx512_logits(groups, steps, a, (const unsigned char *)packed, ahead, last, n - j, s->scale, x + (size_t)j * 16);
         else
-            dsa__tile_f32_avx512_logits(groups, steps, a, (const unsigned char *)packed, ahead, row_bytes - 1, n - j, s->scale, x + (size_t)j * 16);
+            dsa__tile_f32_avx512_logits(groups, steps, a, (const unsigned char *)packed, ahead, last, n - j, s->scale, x + (size_t)j * 16);
     }
     for (i = 0; i < groups; i++) {
         float *xi = x + (size_t)i * DSA__ROWS * 16;
@@ -3484,9 +3500,7 @@ static const dsa__kernels dsa__kernels_avx512 = {
     dsa__ref_dots, dsa__ref_axpys,
     dsa__filter_avx512_vbmi2, dsa__count_avx512, dsa__keep_avx512
 };
-#endif
 
-#ifdef DSA__X86
 /* What the CPU can do and the operating system saves: an instruction set is usable only if its registers survive a task switch,
    which XGETBV tells (2, 4: SSE and AVX; 0xE0: the three parts of AVX-512). */
 enum { DSA__HAS_AVX2 = 1, DSA__HAS_AVX512 = 2, DSA__HAS_VNNI = 4, DSA__HAS_BF16 = 8 };
@@ -4463,6 +4477,7 @@ static dsa_status dsa__score_start(const dsa_ctx *ctx, const dsa_score_args *a, 
     return st;
 }
 
+/* Prepares the query of row `row`: q [HI, D] and w [HI] rounded to the key format, then packed as the kernel wants them. */
 static void dsa__score_query(const dsa__score_call *call, const dsa__score_task *t, int64_t row, const dsa_cache *c, void *packed)
 {
     const dsa__kernels *kernels = call->ctx->kernels;
@@ -5385,7 +5400,8 @@ static dsa_status dsa__layer_plan(const dsa_ctx *ctx, const dsa_layer_args *a, d
 
     n = dsa__min64(c->n_rows, DSA_LAYER_TILE);
     H = f->n_heads;
-    if (H * f->dim_v > DSA__MAX_POS) return dsa__fail(ctx, DSA_ERR_OVERFLOW, "dsa_layer: the input of o_proj, n_heads * dim_v, is too wide");
+    if (H * f->dim_v > DSA__MAX_POS)
+        return dsa__fail(ctx, DSA_ERR_OVERFLOW, "dsa_layer: the input of o_proj, n_heads * dim_v, is too wide");
     c->dim_q = f->dim_nope + f->dim_rope;
     c->dim_qk = f->dim_latent + f->dim_rope;
     c->q_norm    = (float *)dsa__take(arena, f->dim_q_lora, 1, sizeof(float));

@@ -13,7 +13,7 @@ import re
 import sys
 
 LONGEST_SECTION = 1200
-LONGEST_LINE = 150
+LONGEST_LINE = 140
 MARKER = re.compile(r"^[ *]*>>([a-z][a-z0-9_]*)\b")
 GUARD_END = "#endif /* DSA_H_INCLUDED */\n"
 PAIR_HEAD = '#define DSA_IMPLEMENTATION\n#include "dsa.h"\n'

@@ -2685,80 +2685,94 @@ typedef enum dsa__unit { DSA__UNIT_F32 = 0, DSA__UNIT_BF16, DSA__UNIT_INT8 } dsa
 typedef int32_t dsa__ints __attribute__((vector_size(64)));
 
 /* acc + <key word, query word>, lane by lane */
-DSA__INLINE DSA__AVX512 __m512 dsa__madd_f32_avx512(__m512 acc, __m512i k, __m512i q)
+DSA__AVX512 DSA__INLINE __m512 dsa__madd_f32_avx512(__m512 acc, __m512i k, __m512i q)
 {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(k), _mm512_castsi512_ps(q), acc);
 }
 
-DSA__INLINE DSA__AVX512_BF16 __m512 dsa__madd_bf16_avx512(__m512 acc, __m512i k, __m512i q)
+DSA__AVX512_BF16 DSA__INLINE __m512 dsa__madd_bf16_avx512(__m512 acc, __m512i k, __m512i q)
 {
     return _mm512_dpbf16_ps(acc, (__m512bh)q, (__m512bh)k);
 }
 
 /* The unit multiplies unsigned by signed bytes: keys come as k + 128, and acc starts at -128 Sum_d q[d]. */
-DSA__INLINE DSA__AVX512_VNNI dsa__ints dsa__madd_int8_avx512(dsa__ints acc, __m512i k, __m512i q)
+DSA__AVX512_VNNI DSA__INLINE dsa__ints dsa__madd_int8_avx512(dsa__ints acc, __m512i k, __m512i q)
 {
-    return (dsa__ints)_mm512_dpbusd_epi32((__m512i)acc, _mm512_xor_si512(k, _mm512_set1_epi32((int32_t)0x80808080u)), q);
+    __m512i sign = _mm512_set1_epi32((int32_t)0x80808080u);
+    __asm__("" : "+v"(sign));            /* keeps clang from moving the xor in front of the broadcast, out of its memory operand */
+    return (dsa__ints)_mm512_dpbusd_epi32((__m512i)acc, _mm512_xor_si512(k, sign), q);
 }
 
 /* ReLU of finished dots, as f32. max(0, x) in this order keeps a NaN x. */
-DSA__INLINE DSA__AVX512 __m512 dsa__relu_f32_avx512(__m512 x) { return _mm512_max_ps(_mm512_setzero_ps(), x); }
-DSA__INLINE DSA__AVX512 __m512 dsa__relu_bf16_avx512(__m512 x) { return dsa__relu_f32_avx512(x); }
-DSA__INLINE DSA__AVX512 __m512 dsa__relu_int8_avx512(dsa__ints x)
+DSA__AVX512 DSA__INLINE __m512 dsa__relu_f32_avx512(__m512 x) { return _mm512_max_ps(_mm512_setzero_ps(), x); }
+DSA__AVX512 DSA__INLINE __m512 dsa__relu_bf16_avx512(__m512 x) { return dsa__relu_f32_avx512(x); }
+DSA__AVX512 DSA__INLINE __m512 dsa__relu_int8_avx512(dsa__ints x)
 {
     return _mm512_cvtepi32_ps(_mm512_max_epi32((__m512i)x, _mm512_setzero_si512()));
 }
 
-/* FP8 keys are expanded to bf16 by the tile before theirs, between its dots: there the shuffles and stores find idle ports. In
-   front of their own tile they cost a tenth. */
-typedef struct dsa__score_ahead {
-    const unsigned char *rows[12];       /* of the next tile */
-    unsigned char *out;                  /* [KEYS, row_bytes] */
-    size_t row_bytes;
-    const __m512i *table;                /* the four halves of two byte tables, the order of unpacking, the sign bits */
+/* One pass over the keys of a call, for one group of heads of one query. */
+typedef struct dsa__score_pass {
+    int32_t bytes;                       /* of a key's words */
     int32_t dim;
-} dsa__score_ahead;
+    int32_t first;                       /* the first pass over the keys, which fetches and expands them */
+    int32_t add;                         /* not the query's first group: add to part */
+    uint64_t heads;                      /* bit h: the group has a head h. A head of padding could make 0 * inf = NaN. */
+    size_t row_bytes;                    /* of an expanded key */
+    const __m512i *table;                /* FP8: the four halves of two byte tables, the order of unpacking, the sign bits */
+} dsa__score_pass;
 
-/* Expands 32 dims of KEYS keys, two keys at a time, to byte i of their bf16 rows; zeros behind the last dim. e4m3 -> bf16 is exact:
-   the 7 bits below the sign look up the low and the high byte. The constants come from memory, for no register is free. */
-DSA__INLINE DSA__AVX512_FP8 void dsa__expand_fp8_avx512(int n_keys, const dsa__score_ahead *a, int64_t i)
+/* What a tile does for later ones, between its dots. Keys are prefetched a line of each at a time: all at once they would take every
+   miss buffer, and the query's own loads would wait behind them. FP8 keys are expanded to bf16 by the tile before theirs, where the
+   shuffles and stores find idle ports; in front of their own tile they cost a tenth. */
+
+/* Expands 32 dims of keys j and j + 1 to byte i of their bf16 rows; zeros behind the last dim. e4m3 -> bf16 is exact: the 7 bits
+   below the sign look up the low and the high byte. The constants come from memory, for no register is free. */
+DSA__AVX512_FP8 DSA__INLINE void dsa__expand_fp8_avx512(const dsa__score_pass *c, const unsigned char *const *rows, unsigned char *out,
+                                                        int64_t j, int64_t i)
 {
-    __mmask32 m = (__mmask32)dsa__first_bits(a->dim - i / 2);
-    unsigned char *out = a->out + i;
-    int j;
-    for (j = 0; j < n_keys; j += 2, out += 2 * a->row_bytes) {
-        __m512i x = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(m, a->rows[j] + i / 2)), low, high;
-        x = _mm512_inserti64x4(x, _mm256_maskz_loadu_epi8(m, a->rows[j + 1] + i / 2), 1);
-        x = _mm512_permutexvar_epi64(a->table[4], x);                               /* 8 dims of one key, 8 of the other, .. */
-        low = _mm512_permutex2var_epi8(a->table[0], x, a->table[1]);
-        high = _mm512_permutex2var_epi8(a->table[2], x, a->table[3]);
-        high = _mm512_ternarylogic_epi64(high, x, a->table[5], 0xF8);               /* high | (x & sign) */
-        _mm512_store_si512((__m512i *)(void *)out, _mm512_unpacklo_epi8(low, high));
-        _mm512_store_si512((__m512i *)(void *)(out + a->row_bytes), _mm512_unpackhi_epi8(low, high));
-    }
+    __mmask32 m = (__mmask32)dsa__first_bits(c->dim - i / 2);
+    __m512i x = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(m, rows[j] + i / 2)), low, high;
+    x = _mm512_inserti64x4(x, _mm256_maskz_loadu_epi8(m, rows[j + 1] + i / 2), 1);
+    x = _mm512_permutexvar_epi64(c->table[4], x);                                   /* 8 dims of one key, 8 of the other, .. */
+    low = _mm512_permutex2var_epi8(c->table[0], x, c->table[1]);
+    high = _mm512_permutex2var_epi8(c->table[2], x, c->table[3]);
+    high = _mm512_ternarylogic_epi64(high, x, c->table[5], 0xF8);                   /* high | (x & sign) */
+    out += (size_t)j * c->row_bytes + (size_t)i;
+    _mm512_store_si512((__m512i *)(void *)out, _mm512_unpacklo_epi8(low, high));
+    _mm512_store_si512((__m512i *)(void *)(out + c->row_bytes), _mm512_unpackhi_epi8(low, high));
 }
 
-#define DSA__AHEAD_NONE(KEYS)
-#define DSA__AHEAD_FP8(KEYS) if (i % 64 == 0) dsa__expand_fp8_avx512(KEYS, ahead, i);
+#define DSA__FETCH(KEYS, AT)                                                                                                        \
+    DSA__UNROLL for (j = 0; j < KEYS; j++) _mm_prefetch((const char *)rows[2 * KEYS + j] + (AT), _MM_HINT_T0);                      \
+    _mm_prefetch((const char *)rows[2 * KEYS] + 4096 + (AT), _MM_HINT_T0);
+#define DSA__BESIDE(KEYS)                                                                                                            \
+    if (i % 64 == 0 && c->first) { DSA__FETCH(KEYS, i) }
+/* one pair of keys every few steps */
+#define DSA__BESIDE_FP8(KEYS)                                                                                                        \
+    if (i % 128 == 0) { DSA__FETCH(KEYS, i / 2) }                                                                                   \
+    if (i % 16 == 0 && i % 64 < 8 * KEYS)                                                                                           \
+        dsa__expand_fp8_avx512(c, rows + KEYS, expanded + KEYS * c->row_bytes, i % 64 / 8, i & ~INT64_C(63));
 
-typedef void dsa__score_tile(int32_t words, const unsigned char *const *keys, const __m512i *q, uint64_t heads, int add,
-                             __m512 *part, const dsa__score_ahead *ahead);
+typedef void dsa__score_tile(const dsa__score_pass *c, const unsigned char *const *rows, unsigned char *expanded, const __m512i *q,
+                             __m512 *part);
 
-/* part[j] = (add ? part[j] : 0) + w ReLU(<q, key j>), KEYS keys against NV vectors of heads */
+/* part[j / 2] = (add ? part[j / 2] : 0) + half-summed w ReLU(<q, key j>) of two keys; KEYS keys against NV vectors of heads.
+   Few instructions around the loop: the CPU looks ahead over some 300, and what does not fit stops the multipliers. */
 #define DSA__SCORE_TILE(NAME, TARGET, UNIT, ACC, KEYS, NV, AHEAD)                                                                   \
-TARGET static void NAME(int32_t words, const unsigned char *const *keys, const __m512i *q, uint64_t heads, int add,                 \
-                        __m512 *part, const dsa__score_ahead *ahead)                                                                \
+TARGET static void NAME(const dsa__score_pass *c, const unsigned char *const *rows, unsigned char *expanded, const __m512i *q,      \
+                        __m512 *part)                                                                                               \
 {                                                                                                                                   \
-    const __m512i *w = q;                                                                                                           \
+    const int64_t bytes = c->bytes;                                                                                                 \
     const unsigned char *k[KEYS];                                                                                                   \
     ACC a[KEYS][NV];                                                                                                                \
-    int64_t i, bytes = 4 * (int64_t)words;                                                                                          \
-    int j, v;                                                                                                                       \
-    (void)ahead;                                                                                                                    \
-    DSA__UNROLL for (j = 0; j < KEYS; j++) k[j] = keys[j];                                                                          \
+    uint64_t heads;                                                                                                                 \
+    int64_t i;                                                                                                                      \
+    int j, t, v, add;                                                                                                               \
+    DSA__UNROLL for (j = 0; j < KEYS; j++) k[j] = expanded ? expanded + (size_t)j * c->row_bytes : rows[j];                         \
     DSA__UNROLL for (j = 0; j < KEYS; j++)                                                                                          \
-        DSA__UNROLL for (v = 0; v < NV; v++) a[j][v] = (ACC)q[NV + v];                                                              \
-    for (i = 0, q += 2 * NV; i < bytes; i += 4, q += NV) {                                                                          \
+        DSA__UNROLL for (v = 0; v < NV; v++) a[j][v] = (ACC)q[v];                                                                   \
+    for (i = 0, q += NV; i < bytes; i += 4, q += NV) {                                                                              \
         __m512i b[NV];                                                                                                              \
         AHEAD(KEYS)                                                                                                                 \
         DSA__UNROLL for (v = 0; v < NV; v++) b[v] = q[v];                                                                           \
@@ -2770,25 +2784,31 @@ TARGET static void NAME(int32_t words, const unsigned char *const *keys, const _
             DSA__UNROLL for (v = 0; v < NV; v++) a[j][v] = dsa__madd_##UNIT##_avx512(a[j][v], x, b[v]);                             \
         }                                                                                                                           \
     }                                                                                                                               \
-    DSA__UNROLL for (j = 0; j < KEYS; j++) {                                                                                        \
-        __m512 s = add ? part[j] : _mm512_setzero_ps();                                                                             \
-        DSA__UNROLL for (v = 0; v < NV; v++)                                                                                        \
-            s = _mm512_mask3_fmadd_ps(dsa__relu_##UNIT##_avx512(a[j][v]), (__m512)w[v], s, (__mmask16)(heads >> 16 * v));           \
-        part[j] = s;                                                                                                                \
+    heads = c->heads;                                                                                                               \
+    add = c->add;                                                                                                                   \
+    DSA__UNROLL for (j = 0; j < KEYS; j += 2) {                                                                                     \
+        __m512 s[2];                                                                                                                \
+        DSA__UNROLL for (t = 0; t < 2; t++) {                                                                                       \
+            s[t] = _mm512_maskz_mul_ps((__mmask16)heads, dsa__relu_##UNIT##_avx512(a[j + t][0]), (__m512)q[0]);                     \
+            DSA__UNROLL for (v = 1; v < NV; v++)                                                                                    \
+                s[t] = _mm512_mask3_fmadd_ps(dsa__relu_##UNIT##_avx512(a[j + t][v]), (__m512)q[v], s[t], (__mmask16)(heads >> 16 * v));\
+        }                                                                                                                           \
+        s[0] = _mm512_add_ps(_mm512_unpacklo_ps(s[0], s[1]), _mm512_unpackhi_ps(s[0], s[1]));                                       \
+        part[j / 2] = add ? _mm512_add_ps(part[j / 2], s[0]) : s[0];                                                                \
     }                                                                                                                               \
 }
-DSA__SCORE_TILE(dsa__score_tile_f32_4_avx512,  DSA__AVX512,       f32, __m512,     6, 4, DSA__AHEAD_NONE)
-DSA__SCORE_TILE(dsa__score_tile_f32_2_avx512,  DSA__AVX512,       f32, __m512,    12, 2, DSA__AHEAD_NONE)
-DSA__SCORE_TILE(dsa__score_tile_f32_1_avx512,  DSA__AVX512,       f32, __m512,    12, 1, DSA__AHEAD_NONE)
-DSA__SCORE_TILE(dsa__score_tile_bf16_4_avx512, DSA__AVX512_BF16, bf16, __m512,     6, 4, DSA__AHEAD_NONE)
-DSA__SCORE_TILE(dsa__score_tile_bf16_2_avx512, DSA__AVX512_BF16, bf16, __m512,    12, 2, DSA__AHEAD_NONE)
-DSA__SCORE_TILE(dsa__score_tile_bf16_1_avx512, DSA__AVX512_BF16, bf16, __m512,    12, 1, DSA__AHEAD_NONE)
-DSA__SCORE_TILE(dsa__score_tile_fp8_4_avx512,  DSA__AVX512_FP8,  bf16, __m512,     6, 4, DSA__AHEAD_FP8)
-DSA__SCORE_TILE(dsa__score_tile_fp8_2_avx512,  DSA__AVX512_FP8,  bf16, __m512,    12, 2, DSA__AHEAD_FP8)
-DSA__SCORE_TILE(dsa__score_tile_fp8_1_avx512,  DSA__AVX512_FP8,  bf16, __m512,    12, 1, DSA__AHEAD_FP8)
-DSA__SCORE_TILE(dsa__score_tile_int8_4_avx512, DSA__AVX512_VNNI, int8, dsa__ints,  6, 4, DSA__AHEAD_NONE)
-DSA__SCORE_TILE(dsa__score_tile_int8_2_avx512, DSA__AVX512_VNNI, int8, dsa__ints, 12, 2, DSA__AHEAD_NONE)
-DSA__SCORE_TILE(dsa__score_tile_int8_1_avx512, DSA__AVX512_VNNI, int8, dsa__ints, 12, 1, DSA__AHEAD_NONE)
+DSA__SCORE_TILE(dsa__score_tile_f32_1_avx512, DSA__AVX512, f32, __m512, 8, 1, DSA__BESIDE)
+DSA__SCORE_TILE(dsa__score_tile_f32_2_avx512, DSA__AVX512, f32, __m512, 8, 2, DSA__BESIDE)
+DSA__SCORE_TILE(dsa__score_tile_f32_4_avx512, DSA__AVX512, f32, __m512, 6, 4, DSA__BESIDE)
+DSA__SCORE_TILE(dsa__score_tile_bf16_1_avx512, DSA__AVX512_BF16, bf16, __m512, 8, 1, DSA__BESIDE)
+DSA__SCORE_TILE(dsa__score_tile_bf16_2_avx512, DSA__AVX512_BF16, bf16, __m512, 8, 2, DSA__BESIDE)
+DSA__SCORE_TILE(dsa__score_tile_bf16_4_avx512, DSA__AVX512_BF16, bf16, __m512, 6, 4, DSA__BESIDE)
+DSA__SCORE_TILE(dsa__score_tile_fp8_1_avx512, DSA__AVX512_FP8, bf16, __m512, 8, 1, DSA__BESIDE_FP8)
+DSA__SCORE_TILE(dsa__score_tile_fp8_2_avx512, DSA__AVX512_FP8, bf16, __m512, 8, 2, DSA__BESIDE_FP8)
+DSA__SCORE_TILE(dsa__score_tile_fp8_4_avx512, DSA__AVX512_FP8, bf16, __m512, 6, 4, DSA__BESIDE_FP8)
+DSA__SCORE_TILE(dsa__score_tile_int8_1_avx512, DSA__AVX512_VNNI, int8, dsa__ints, 8, 1, DSA__BESIDE)
+DSA__SCORE_TILE(dsa__score_tile_int8_2_avx512, DSA__AVX512_VNNI, int8, dsa__ints, 8, 2, DSA__BESIDE)
+DSA__SCORE_TILE(dsa__score_tile_int8_4_avx512, DSA__AVX512_VNNI, int8, dsa__ints, 6, 4, DSA__BESIDE)
 
 /* by unit, then by vectors of heads: 1, 2, 4 */
 static dsa__score_tile *const dsa__score_tiles_avx512[3][3] = {
@@ -2800,10 +2820,12 @@ static dsa__score_tile *const dsa__score_tiles_fp8_avx512[3] = {
     dsa__score_tile_fp8_1_avx512, dsa__score_tile_fp8_2_avx512, dsa__score_tile_fp8_4_avx512
 };
 
-DSA__AVX512_FP8 static void dsa__score_first_fp8_avx512(int n_keys, int32_t words, const dsa__score_ahead *a)
+DSA__AVX512_FP8 static void dsa__score_first_fp8_avx512(const dsa__score_pass *c, const unsigned char *const *rows, unsigned char *out,
+                                                        int64_t n)
 {
-    int64_t i;
-    for (i = 0; i < 4 * (int64_t)words; i += 64) dsa__expand_fp8_avx512(n_keys, a, i);
+    int64_t i, j;
+    for (j = 0; j < n; j += 2)
+        for (i = 0; i < c->bytes; i += 64) dsa__expand_fp8_avx512(c, rows, out, j, i);
 }
 
 /* Other keys that their unit cannot read in place. bf16 and int8 rows that end within a word: */
@@ -2868,7 +2890,7 @@ static dsa__score_how dsa__score_how_avx512(int level, dsa_type format, int32_t 
     p.words = (dim + per - 1) / per;
     p.n_vectors = (n_heads + 15) / 16;
     if (p.unit == DSA__UNIT_F32) p.expand = format == DSA_F32 ? NULL : dsa__score_widen_avx512;
-    else if (format == DSA_FP8) p.n_tables = 6;
+    else if (format == DSA_FP8) { p.n_tables = 6; p.words = (p.words + 15) / 16 * 16; }      /* whole lines for dsa__expand */
     else if (dim % per != 0) p.expand = dsa__score_copy_avx512;
     if (p.expand || p.n_tables) p.row_bytes = ((size_t)dim + 63) / 64 * 64 * (size_t)(4 / per);
     return p;
@@ -2877,8 +2899,8 @@ static dsa__score_how dsa__score_how_avx512(int level, dsa_type format, int32_t 
 /* Vectors of heads that the next tile takes. */
 static int32_t dsa__score_group_avx512(int32_t left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
 
-/* A packed query: the constants of the FP8 expansion; then for each group of vectors its weights, where its sums start, and its
-   words dim by dim, so that a tile reads it from front to back. */
+/* A packed query: the constants of the FP8 expansion; then for each group of vectors where its sums start, its words dim by dim, and
+   its weights: in the order in which a tile needs them. */
 static size_t dsa__query_bytes_level_avx512(int level, dsa_type format, int32_t n_heads, int32_t dim)
 {
     dsa__score_how p = dsa__score_how_avx512(level, format, n_heads, dim);
@@ -2905,9 +2927,8 @@ static void dsa__query_pack_level_avx512(int level, dsa_type format, int32_t n_h
     for (v = 0; v < p.n_vectors; v += nv) {
         nv = dsa__score_group_avx512(p.n_vectors - v);
         for (h = 16 * v; h < dsa__min32(n_heads, 16 * (v + nv)); h++) {
-            unsigned char *lane = group + 4 * (h - 16 * v), *x = lane + 128 * nv;
+            unsigned char *lane = group + 4 * (h - 16 * v), *x = lane + 64 * nv;
             int32_t step = 64 * nv, start = 0;
-            memcpy(lane, w + h, 4);
             for (d = 0; d < dim; d++) {
                 float y = q[(int64_t)h * dim + d];
                 uint32_t b = dsa__bits(y);
@@ -2918,28 +2939,28 @@ static void dsa__query_pack_level_avx512(int level, dsa_type format, int32_t n_h
                 case DSA__UNIT_INT8: x[(int64_t)(d / 4) * step + d % 4] = (unsigned char)(int32_t)y; start -= 128 * (int32_t)y; break;
                 }
             }
-            memcpy(lane + 64 * nv, &start, 4);
+            memcpy(lane, &start, 4);
+            memcpy(x + (int64_t)p.words * step, w + h, 4);
         }
         group += 64 * (size_t)nv * ((size_t)p.words + 2);
     }
 }
 
-/* Scratch: part [KEYS], expanded keys [KEYS, row_bytes]. */
+/* Scratch: part [KEYS / 2], expanded keys [KEYS, row_bytes]. */
 static size_t dsa__score_bytes_level_avx512(int level, dsa_type format, int32_t n_heads, int32_t dim)
 {
     dsa__score_how p = dsa__score_how_avx512(level, format, n_heads, dim);
-    return DSA__KEYS * (64 + p.row_bytes);
+    return DSA__KEYS * (32 + p.row_bytes);
 }
 
-/* The sums of 16 vectors. Every vector adds its lanes in the same order, (0 + 2) + (1 + 3) within quarters and then likewise across. */
+/* The lane sums of 16 keys, given as 8 vectors of two keys whose halves of each quarter are added already (lanes 0 + 2, 1 + 3).
+   Every key adds its lanes in the same order. */
 DSA__AVX512 static __m512 dsa__sum_lanes_avx512(const __m512 *x)
 {
-    __m512 a[8], b[4], c[2];
+    __m512 b[4], c[2];
     int i;
-    DSA__UNROLL for (i = 0; i < 8; i++)
-        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
     DSA__UNROLL for (i = 0; i < 4; i++) {
-        __m512d y = _mm512_castps_pd(a[2 * i]), z = _mm512_castps_pd(a[2 * i + 1]);
+        __m512d y = _mm512_castps_pd(x[2 * i]), z = _mm512_castps_pd(x[2 * i + 1]);
         b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(y, z)), _mm512_castpd_ps(_mm512_unpackhi_pd(y, z)));
     }
     DSA__UNROLL for (i = 0; i < 2; i++)
@@ -2947,63 +2968,48 @@ DSA__AVX512 static __m512 dsa__sum_lanes_avx512(const __m512 *x)
     return _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xDD));
 }
 
-/* Row j + t, t < 12; behind the last row the last again: the last tile is a full one too. */
-static void dsa__score_rows_avx512(const unsigned char *const *rows, int32_t n, int32_t j, int32_t n_tile, const unsigned char **out)
-{
-    int32_t t;
-    for (t = 0; t < n_tile; t++) out[t] = rows[dsa__min32(j + t, n - 1)];
-}
-
 DSA__AVX512 static void dsa__score_level_avx512(int level, dsa_type format, int32_t n_heads, int32_t dim, int32_t n_q,
                                                 const void *const *queries, int32_t n, const unsigned char *const *rows,
                                                 const float *scales, float *I, int64_t ldi, void *scratch)
 {
-    dsa__score_how p = dsa__score_how_avx512(level, format, n_heads, dim);
+    const dsa__score_how p = dsa__score_how_avx512(level, format, n_heads, dim);
     const size_t key_bytes = (size_t)dim * (format == DSA_F32 ? 4 : format == DSA_BF16 ? 2 : 1);
+    const unsigned char *at[DSA__KEYS + 16];
     __m512 *part = (__m512 *)scratch;
-    unsigned char *expanded = (unsigned char *)(part + DSA__KEYS);
-    dsa__score_ahead ahead;
-    int32_t i, j, v, nv, t, n_tile;
-    size_t b;
+    unsigned char *expanded = p.row_bytes ? (unsigned char *)(part + DSA__KEYS / 2) : NULL;
+    dsa__score_pass c;
+    int32_t i, j, v, nv, n_tile;
+    /* The last tile is a full one, too: the last key repeated. Only prefetches go behind a full chunk: to where rows would go on. */
+    memcpy(at, rows, (size_t)n * sizeof *at);
+    for (j = n; j < DSA__KEYS + 16; j++) at[j] = rows[n - 1] + (n < DSA__KEYS ? 0 : (size_t)(j - n + 1) * key_bytes);
+    c.bytes = 4 * p.words;
+    c.dim = dim;
+    c.row_bytes = p.row_bytes;
+    c.table = (const __m512i *)queries[0];
+    if (scales) for (j = 0; j < n; j += 16) _mm_prefetch((const char *)(scales + j), _MM_HINT_T0);
     if (p.expand) for (j = 0; j < n; j++) p.expand(format, dim, rows[j], expanded + (size_t)j * p.row_bytes);
-    ahead.row_bytes = p.row_bytes;
-    ahead.table = (const __m512i *)queries[0];
-    ahead.dim = dim;
     for (i = 0; i < n_q; i++) {
         const __m512i *q = (const __m512i *)queries[i] + p.n_tables;
         for (v = 0; v < p.n_vectors; v += nv) {
-            const int first = i == 0 && v == 0;
+            dsa__score_tile *tile;
             nv = dsa__score_group_avx512(p.n_vectors - v);
-            n_tile = nv == 4 ? 6 : 12;
-            for (j = 0; j < n; j += n_tile) {
-                dsa__score_tile *tile = dsa__score_tiles_avx512[p.unit][nv / 2];
-                const unsigned char *keys[12];
-                if (first)
-                    for (t = j + 16; t < j + 16 + n_tile; t++) {
-                        const unsigned char *row = t < n ? rows[t] : rows[n - 1] + (size_t)(t - n + 1) * key_bytes;
-                        for (b = 0; b < key_bytes; b += 64) _mm_prefetch((const char *)row + b, _MM_HINT_T0);
-                    }
-                if (first && p.n_tables) {
-                    if (j == 0) {
-                        dsa__score_rows_avx512(rows, n, 0, n_tile, ahead.rows);
-                        ahead.out = expanded;
-                        dsa__score_first_fp8_avx512(n_tile, p.words, &ahead);
-                    }
-                    if (j + n_tile < n) {
-                        dsa__score_rows_avx512(rows, n, j + n_tile, n_tile, ahead.rows);
-                        ahead.out = expanded + (size_t)(j + n_tile) * p.row_bytes;
-                        tile = dsa__score_tiles_fp8_avx512[nv / 2];
-                    }
-                }
-                if (p.row_bytes) for (t = 0; t < n_tile; t++) keys[t] = expanded + (size_t)(j + t) * p.row_bytes;
-                else dsa__score_rows_avx512(rows, n, j, n_tile, keys);
-                tile(p.words, keys, q, dsa__first_bits(n_heads - 16 * v), v > 0, part + j, &ahead);
+            n_tile = nv == 4 ? 6 : 8;
+            c.first = i == 0 && v == 0;
+            c.add = v > 0;
+            c.heads = dsa__first_bits(n_heads - 16 * v);
+            tile = dsa__score_tiles_avx512[p.unit][nv / 2];
+            j = 0;
+            if (c.first && p.n_tables) {
+                dsa__score_first_fp8_avx512(&c, at, expanded, n_tile);
+                for (; j + n_tile < n; j += n_tile)
+                    dsa__score_tiles_fp8_avx512[nv / 2](&c, at + j, expanded + (size_t)j * p.row_bytes, q, part + j / 2);
             }
+            for (; j < n; j += n_tile) tile(&c, at + j, expanded ? expanded + (size_t)j * p.row_bytes : NULL, q, part + j / 2);
             q += nv * (p.words + 2);
         }
         for (j = 0; j < n; j += 16) {
             __mmask16 m = (__mmask16)dsa__first_bits(n - j);
-            __m512 s = dsa__sum_lanes_avx512(part + j);
+            __m512 s = dsa__sum_lanes_avx512(part + j / 2);
             if (scales) s = _mm512_mul_ps(s, _mm512_maskz_loadu_ps(m, scales + j));
             _mm512_mask_storeu_ps(I + i * ldi + j, m, s);
         }
@@ -3032,411 +3038,507 @@ DSA__SCORE_ENTRIES(avx512f, 0)
 DSA__SCORE_ENTRIES(avx512vnni, 1)
 DSA__SCORE_ENTRIES(avx512, 2)
 
-/* ---- attention (AVX-512) -----------------------------------------------------------------------
-   The block's two matrix products, logits = rows q^T and out += P V (spec 5), are one tile: 8 broadcast values times 3 vectors,
-   24 accumulators, which the text below makes once for f32 and once for pairs of bf16. Both take 4 bytes a step on each side:
+#if defined(__GNUC__) && !defined(__clang__)
+#  pragma GCC diagnostic pop
+#endif
+/* ---- attention (AVX-512) -----------------------------------------------------------------------------------------------------
+   A block's two products, logits = rows q^T and out += P V (spec 5), are one tile: 8 broadcast words times up to 3 vectors. A word
+   is 4 bytes: one f32, or a pair of bf16 for vdpbf16ps, which adds both products in f32, rounds to even, and takes subnormal
+   operands as 0 whatever MXCSR says.
 
-       logits  C[row][head]    a: 4 bytes of a row, in place through its pointer    b: the packed query, 16 heads side by side
-       values  C[head][d]      a: p of one row, or of a pair of rows                b: V, staged for 48 d at a time, so that it stays in L1
+       logits  sum[row][head]    a: word s of 8 rows, where they lie            b: the query, 16 heads to a vector
+       values  sum[head][d]      a: p of a row (f32) or of two rows (bf16)      b: V, 48 d at a time, so that it stays in L1
 
-   Every C is one chain over the steps from 0, whatever the tile's width: a head's bits depend on nothing but its own numbers. */
+   Every sum is one chain over the words in their order, whatever the tile's width: a head's bits depend on its own numbers only. */
 
-#define DSA__AT_HEADS 16                    /* heads side by side in the packed query, the logits and P */
-
-#define DSA__TILE_8(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
-
-static __inline__ int32_t dsa__i32_at(const unsigned char *p) { int32_t x; memcpy(&x, p, 4); return x; }
-
-/* vdpbf16ps adds both products of a pair in f32, rounds to even, and takes subnormal operands as 0 whatever MXCSR says. */
-#define DSA__MAC_F32(c, a, b)  c = _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), c)
-#define DSA__MAC_BF16(c, a, b) c = _mm512_dpbf16_ps(c, (__m512bh)(a), (__m512bh)(b))
-
-DSA__INLINE DSA__AVX512 void dsa__tile_put_avx512(float *c, uint16_t mask, int logits, __m512 f, __m512 x)
-{
-    x = logits ? _mm512_mul_ps(f, x) : _mm512_fmadd_ps(f, _mm512_maskz_loadu_ps(mask, c), x);
-    _mm512_mask_storeu_ps(c, mask, x);
-}
-
-#define DSA__TILE_BEGIN(i) \
-    const unsigned char *a##i = logits ? a[i] : *a + 4 * i; \
-    __m512 c##i##0 = _mm512_setzero_ps(), c##i##1 = c##i##0, c##i##2 = c##i##0;
-#define DSA__TILE_STEP(i) \
-    k = _mm512_set1_epi32(dsa__i32_at(a##i + at)); \
-    DSA__MAC(c##i##0, k, b0); \
-    if (nv > 1) DSA__MAC(c##i##1, k, b1); \
-    if (nv > 2) DSA__MAC(c##i##2, k, b2);
-#define DSA__TILE_END(i) \
-    if (i < n) { \
-        f = _mm512_set1_ps(logits ? *scale : scale[i]); \
-        dsa__tile_put_avx512(c + i * ldi, nv == 1 ? mask : 0xFFFF, logits, f, c##i##0); \
-        if (nv > 1) dsa__tile_put_avx512(c + i * ldi + ldv, nv == 2 ? mask : 0xFFFF, logits, f, c##i##1); \
-        if (nv > 2) dsa__tile_put_avx512(c + i * ldi + 2 * ldv, mask, logits, f, c##i##2); \
-    }
-#define DSA__TILE_B \
-    __m512i k, b0 = _mm512_loadu_si512(b), b1 = nv > 1 ? _mm512_loadu_si512(b + 64) : b0, b2 = nv > 2 ? _mm512_loadu_si512(b + 128) : b0;
-#define DSA__TILE_LAST(i) DSA__TILE_STEP(i) DSA__TILE_END(i)
-#define DSA__TILE(name, isa) \
-    DSA__INLINE isa void name(const int logits, const int nv, int32_t steps, const unsigned char *const *a, const unsigned char *b, \
-                              const unsigned char *const *ahead, size_t ahead_last, int32_t n, const float *scale, float *c, size_t ldi, \
-                              uint16_t mask) \
-    { \
-        DSA__TILE_8(DSA__TILE_BEGIN) \
-        const size_t lda = logits ? 4 : 64, end = lda * (size_t)(steps - 1), ldv = logits ? DSA__ROWS * 16 : 16; \
-        size_t at; \
-        __m512 f; \
-        for (at = 0; at < end; ) { \
-            size_t stop = logits && end - at > 64 ? at + 64 : end; \
-            if (logits) { \
-                size_t to = at < ahead_last ? at : ahead_last; \
-                int32_t i; \
-                for (i = 0; i < 8; i++) _mm_prefetch((const char *)ahead[i] + to, _MM_HINT_T1); \
-            } \
-            for (; at < stop; at += lda) { \
-                DSA__TILE_B \
-                DSA__TILE_8(DSA__TILE_STEP) \
-                b += nv * 64; \
-            } \
-        } \
-        { DSA__TILE_B DSA__TILE_8(DSA__TILE_LAST) } \
-    } \
-    static isa void name##_logits(int32_t groups, int32_t steps, const unsigned char *const *a, const unsigned char *b, \
-                                  const unsigned char *const *ahead, size_t ahead_last, int32_t n, float scale, float *x) \
-    { \
-        while (groups > 0) { \
-            int32_t nv = dsa__tile_cut(groups); \
-            if (nv == 3)      name(1, 3, steps, a, b, ahead, ahead_last, n, &scale, x, 16, 0xFFFF); \
-            else if (nv == 2) name(1, 2, steps, a, b, ahead, ahead_last, n, &scale, x, 16, 0xFFFF); \
-            else              name(1, 1, steps, a, b, ahead, ahead_last, n, &scale, x, 16, 0xFFFF); \
-            b += (size_t)nv * (size_t)steps * 64; \
-            x += (size_t)nv * DSA__ROWS * 16; \
-            groups -= nv; \
-            ahead_last = 0; \
-        } \
-    } \
-    DSA__INLINE isa void name##_heads(const int nv, int32_t n_heads, int32_t steps, const float *p, const unsigned char *v, \
-                                      const float *keep, float *out, size_t ldi, uint16_t mask) \
-    { \
-        int32_t k; \
-        for (k = 0; k < n_heads + 8; k += 8) {           /* 8, 0, 24, 16, ..: */ \
-            int32_t h = k ^ 8; \
-            const unsigned char *a = (const unsigned char *)(p + (size_t)(h / 16) * DSA__ROWS * 16 + h % 16); \
-            if (h < n_heads) name(0, nv, steps, &a, v, NULL, 0, n_heads - h, keep + h, out + (size_t)h * ldi, ldi, mask); \
-        } \
-    } \
-    static isa void name##_values(int32_t nv, int32_t n_heads, int32_t steps, const float *p, const unsigned char *v, const float *keep, \
-                                       float *out, size_t ldi, uint16_t mask) \
-    { \
-        if (nv == 3)      name##_heads(3, n_heads, steps, p, v, keep, out, ldi, mask); \
-        else if (nv == 2) name##_heads(2, n_heads, steps, p, v, keep, out, ldi, mask); \
-        else              name##_heads(1, n_heads, steps, p, v, keep, out, ldi, mask); \
-    }
-
-/* How many of n vectors the next tile takes: 3, but 4 as 2 + 2, because a tile one wide has too few accumulators to hide latency. */
+/* How many of n vectors the next tile takes: 3, but 4 as 2 + 2, since 8 chains of one vector are too few to hide the latency. */
 static int32_t dsa__tile_cut(int32_t n) { return n == 4 || n == 2 ? 2 : (n < 3 ? n : 3); }
 
-#define DSA__MAC DSA__MAC_F32
-DSA__TILE(dsa__tile_f32_avx512, DSA__AVX512)
-#undef DSA__MAC
-#define DSA__MAC DSA__MAC_BF16
-DSA__TILE(dsa__tile_bf16_avx512, DSA__AVX512_BF16)
-#undef DSA__MAC
+static __inline__ int32_t dsa__word_at(const unsigned char *p) { int32_t w; memcpy(&w, p, 4); return w; }
+
+/* 16 values as f32: bf16, and e4m3 by way of f16, which holds the same bits at an exponent bias of 15 instead of 7, a factor of 2^8,
+   subnormals too (as bits of an f32 these would cost Intel an assist). */
+DSA__INLINE DSA__AVX512 __m512 dsa__bf16_f32_avx512(__m256i x)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+
+DSA__INLINE DSA__AVX512 __m512 dsa__e4m3_f32_avx512(__m128i x)
+{
+    const __m128i low7 = _mm_set1_epi8(0x7F);
+    __m256i h = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(x), 7), _mm256_set1_epi16((int16_t)0xBF80));
+    h = _mm256_mask_mov_epi16(h, _mm_cmpeq_epi8_mask(_mm_and_si128(x, low7), low7), _mm256_set1_epi16(0x7E00));
+    return _mm512_mul_ps(_mm512_cvtph_ps(h), _mm512_set1_ps(256.0f));
+}
+
+/* 32 e4m3 times 2^e as bf16: their bits moved to bf16's place, and the bias, 128 (e + 120), added to the exponent; subnormals from a
+   table of 8: 0, 1, .. 7 times 2^(e-9). */
+DSA__INLINE DSA__AVX512 __m512i dsa__e4m3_bf16_avx512(__m256i x, __m512i bias)
+{
+    const __m512i small = _mm512_castsi128_si512(_mm_set_epi16(0x0060, 0x0040, 0x0020, 0x0000, -0x0040, -0x0080, -0x0100, 0));
+    const __m512i table = _mm512_maskz_add_epi16(0xFE, small, bias);
+    const __m256i low7 = _mm256_set1_epi8(0x7F);
+    const __m512i w = _mm512_cvtepi8_epi16(x), v = _mm512_and_si512(_mm512_slli_epi16(w, 4), _mm512_set1_epi16((int16_t)0x87F0));
+    __m512i y = _mm512_add_epi16(v, bias);
+    y = _mm512_mask_permutexvar_epi16(y, _mm512_testn_epi16_mask(v, _mm512_set1_epi16(0x780)), w, table);
+    y = _mm512_mask_mov_epi16(y, _mm256_cmpeq_epi8_mask(_mm256_and_si256(x, low7), low7), _mm512_set1_epi16(0x7FC0));
+    return _mm512_ternarylogic_epi32(y, v, _mm512_set1_epi16(INT16_MIN), 0xF8);              /* y | (v & sign) */
+}
+
+/* What is done for later beside the words of a tile, a bit after every 16 of them: there are idle ports, and what would wait for the
+   cache between the tiles costs nothing. While logits are made: rows come near, and the next 8 of FP8 become bf16. While values are
+   made: the next nv vectors of V are brought together, [words][nv] vectors, of f32 rows or of bf16 pairs of rows. */
+typedef struct dsa__attend_aside {
+    const unsigned char *ahead[8];                       /* rows to prefetch, a line of each at a time, bytes [0, ahead_last] */
+    size_t ahead_last;
+    int32_t n_fp8, dims;                                 /* rows to expand, and how many elements of each: a multiple of 32 */
+    const unsigned char *fp8[8];
+    unsigned char *bf16[8];
+    int16_t bias[8][16];                                 /* per row and 128 elements: dsa__e4m3_bf16_avx512 */
+    const unsigned char *const *rows;                    /* rows of the block, */
+    int32_t n, j, per, d, nv;                            /* n of them; next one; words per turn; columns of V */
+    __mmask16 last;                                      /* of the last vector */
+    unsigned char *v;                                    /* next word's */
+} dsa__attend_aside;
+
+DSA__INLINE DSA__AVX512 void dsa__aside_logits_f32_avx512(const dsa__attend_aside *t, size_t at)
+{
+    const size_t to = at < t->ahead_last ? at : t->ahead_last;
+    int i;
+    for (i = 0; i < 8; i++) _mm_prefetch((const char *)t->ahead[i] + to, _MM_HINT_T1);
+}
+
+DSA__INLINE DSA__AVX512 void dsa__aside_logits_bf16_avx512(const dsa__attend_aside *t, size_t at)
+{
+    const size_t d = at / 2;
+    int32_t i;
+    dsa__aside_logits_f32_avx512(t, at);
+    if (d < (size_t)t->dims)
+        for (i = 0; i < t->n_fp8; i++) {
+            const __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)(t->fp8[i] + d));
+            _mm512_storeu_si512(t->bf16[i] + at, dsa__e4m3_bf16_avx512(x, _mm512_set1_epi16(t->bias[i][d / 128])));
+        }
+}
+
+DSA__INLINE DSA__AVX512 void dsa__aside_values_f32_avx512(dsa__attend_aside *t, int32_t words)
+{
+    int32_t i;
+    for (; words > 0 && t->j < t->n; words--, t->j++)
+        for (i = 0; i < t->nv; i++, t->v += 64)
+            _mm512_storeu_ps((float *)(void *)t->v,
+                             _mm512_maskz_loadu_ps(i + 1 < t->nv ? 0xFFFF : t->last, t->rows[t->j] + 4 * (t->d + 16 * i)));
+}
+
+DSA__INLINE DSA__AVX512 void dsa__aside_values_bf16_avx512(dsa__attend_aside *t, int32_t words)
+{
+    const __m512i odd = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0,
+                                         7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+    int32_t i;
+    for (; words > 0 && t->j < t->n; words--, t->j += 2) {
+        const unsigned char *row = t->rows[t->j] + 2 * t->d, *next = t->j + 1 < t->n ? t->rows[t->j + 1] + 2 * t->d : NULL;
+        for (i = 0; i < t->nv; i++, t->v += 64) {
+            const __mmask16 mask = i + 1 < t->nv ? 0xFFFF : t->last;
+            __m512i x = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row + 32 * i));      /* the last row's partner: zeros */
+            if (next) {
+                const __m512i y = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, next + 32 * i));
+                x = _mm512_mask_permutexvar_epi16(x, 0xAAAAAAAAu, odd, y);
+            }
+            _mm512_storeu_si512(t->v, x);
+        }
+    }
+}
+
+/* logits: c = f x; values: c = f c + x */
+DSA__INLINE DSA__AVX512 void dsa__attend_put_avx512(int logits, float *c, __mmask16 mask, float f, __m512 x)
+{
+    if (logits) _mm512_storeu_ps(c, _mm512_mul_ps(_mm512_set1_ps(f), x));
+    else _mm512_mask_storeu_ps(c, mask, _mm512_fmadd_ps(_mm512_set1_ps(f), _mm512_maskz_loadu_ps(mask, c), x));
+}
+
+/* Row i < n, vector v to c + i ldi + v ldv, the last one under a mask. The last word's row ends in its stores: with all 24 behind the
+   word they would fill the scheduler while they wait for their sums, and the next tile would wait with them, 45 cycles of 2300. */
+#define DSA__ATTEND_TILE(NAME, ISA, UNIT, NV)                                                                                       \
+DSA__INLINE ISA void NAME(int logits, int32_t words, const unsigned char *const *a, const unsigned char *b,                         \
+                          dsa__attend_aside *aside, int32_t n, const float *f, float *c, size_t ldi, __mmask16 last)                \
+{                                                                                                                                   \
+    const size_t step = logits ? 4 : 64, end = step * (size_t)(words - 1), ldv = logits ? 16 * DSA__ROWS : 16;                      \
+    const unsigned char *k[8];                                                                                                      \
+    __m512 sum[8][NV];                                                                                                              \
+    __m512i w[NV], x;                                                                                                               \
+    size_t at = 0, stop;                                                                                                            \
+    int i, v;                                                                                                                       \
+    DSA__UNROLL for (i = 0; i < 8; i++) k[i] = logits ? a[i] : a[0] + 4 * i;                                                        \
+    DSA__UNROLL for (i = 0; i < 8; i++)                                                                                             \
+        DSA__UNROLL for (v = 0; v < NV; v++) sum[i][v] = _mm512_setzero_ps();                                                       \
+    while (at < end) {                                                                                                              \
+        stop = end - at > 16 * step ? at + 16 * step : end;                                                                         \
+        if (logits) dsa__aside_logits_##UNIT##_avx512(aside, at);                                                                   \
+        else        dsa__aside_values_##UNIT##_avx512(aside, aside->per);                                                           \
+        for (; at < stop; at += step, b += 64 * NV) {                                                                               \
+            DSA__UNROLL for (v = 0; v < NV; v++) w[v] = _mm512_loadu_si512(b + 64 * v);                                             \
+            DSA__UNROLL for (i = 0; i < 8; i++) {                                                                                   \
+                x = _mm512_set1_epi32(dsa__word_at(k[i] + at));                                                                     \
+                DSA__UNROLL for (v = 0; v < NV; v++) sum[i][v] = dsa__madd_##UNIT##_avx512(sum[i][v], x, w[v]);                     \
+            }                                                                                                                       \
+        }                                                                                                                           \
+    }                                                                                                                               \
+    DSA__UNROLL for (v = 0; v < NV; v++) w[v] = _mm512_loadu_si512(b + 64 * v);                                                     \
+    DSA__UNROLL for (i = 0; i < 8; i++) {                                                                                           \
+        x = _mm512_set1_epi32(dsa__word_at(k[i] + end));                                                                            \
+        DSA__UNROLL for (v = 0; v < NV; v++) sum[i][v] = dsa__madd_##UNIT##_avx512(sum[i][v], x, w[v]);                             \
+        if (i < n) {                                                                                                                \
+            float *o = c + (size_t)i * ldi, k1 = logits ? f[0] : f[i];                                                              \
+            DSA__UNROLL for (v = 0; v < NV; v++)                                                                                    \
+                dsa__attend_put_avx512(logits, o + (size_t)v * ldv, v + 1 < NV ? 0xFFFF : last, k1, sum[i][v]);                     \
+        }                                                                                                                           \
+    }                                                                                                                               \
+}
+
+/* Logits of 8 rows and all heads, x [groups of 16 heads, DSA__ROWS, 16] from the first of the rows on; and out of all heads for nv
+   vectors of V. Tiles of heads go 8, 0, 24, 16, ..: at a constant stride the prefetcher would run on to the heads that follow, and take
+   them from the thread that is working on them: a sixth of P V. */
+#define DSA__ATTEND_PRODUCTS(UNIT, ISA)                                                                                             \
+DSA__ATTEND_TILE(dsa__attend_tile_##UNIT##_1_avx512, ISA, UNIT, 1)                                                                  \
+DSA__ATTEND_TILE(dsa__attend_tile_##UNIT##_2_avx512, ISA, UNIT, 2)                                                                  \
+DSA__ATTEND_TILE(dsa__attend_tile_##UNIT##_3_avx512, ISA, UNIT, 3)                                                                  \
+static ISA void dsa__attend_logits_##UNIT##_avx512(int32_t groups, int32_t words, const unsigned char *const *rows,                 \
+                                                   const unsigned char *q, dsa__attend_aside *aside, int32_t n, float scale, float *x) \
+{                                                                                                                                   \
+    while (groups > 0) {                                                                                                            \
+        int32_t nv = dsa__tile_cut(groups);                                                                                         \
+        if (nv == 3)      dsa__attend_tile_##UNIT##_3_avx512(1, words, rows, q, aside, n, &scale, x, 16, 0xFFFF);                   \
+        else if (nv == 2) dsa__attend_tile_##UNIT##_2_avx512(1, words, rows, q, aside, n, &scale, x, 16, 0xFFFF);                   \
+        else              dsa__attend_tile_##UNIT##_1_avx512(1, words, rows, q, aside, n, &scale, x, 16, 0xFFFF);                   \
+        q += (size_t)nv * (size_t)words * 64;                                                                                       \
+        x += nv * 16 * DSA__ROWS;                                                                                                   \
+        groups -= nv;                                                                                                               \
+        aside->ahead_last = 0;                                                                                                      \
+        aside->dims = 0;                                                                                                            \
+    }                                                                                                                               \
+}                                                                                                                                   \
+static ISA void dsa__attend_values_##UNIT##_avx512(int32_t nv, int32_t n_heads, int32_t words, dsa__attend_aside *aside,             \
+                                                   const float *p, const unsigned char *v, const float *keep, float *out, size_t dim_v, \
+                                                   __mmask16 last)                                                                  \
+{                                                                                                                                   \
+    int32_t at;                                                                                                                     \
+    for (at = 0; at < n_heads + 8; at += 8) {                                                                                       \
+        const int32_t h = at ^ 8;                                                                                                   \
+        const unsigned char *a = (const unsigned char *)(p + h / 16 * (16 * DSA__ROWS) + h % 16);                                   \
+        float *o = out + (size_t)h * dim_v;                                                                                         \
+        if (h >= n_heads) continue;                                                                                                 \
+        if (nv == 3)      dsa__attend_tile_##UNIT##_3_avx512(0, words, &a, v, aside, n_heads - h, keep + h, o, dim_v, last);        \
+        else if (nv == 2) dsa__attend_tile_##UNIT##_2_avx512(0, words, &a, v, aside, n_heads - h, keep + h, o, dim_v, last);        \
+        else              dsa__attend_tile_##UNIT##_1_avx512(0, words, &a, v, aside, n_heads - h, keep + h, o, dim_v, last);        \
+    }                                                                                                                               \
+}
+DSA__ATTEND_PRODUCTS(f32, DSA__AVX512)
+DSA__ATTEND_PRODUCTS(bf16, DSA__AVX512_BF16)
 
 /* e^x for x <= 0 within 1.4 ulp (every float was tried), e^0 = 1; 0 below -87, NaN stays NaN. x = n ln 2 / 16 + r, |r| <= ln 2 / 32:
-   e^r by its Taylor polynomial of degree 3 (remainder 1e-8), 2^(n/16) from a table whose bits lack (n % 16) << 19, so that adding n << 19
-   sets the exponent. Of 17 instructions 7 need the multiplier, 3 fewer than with a polynomial of degree 6. */
+   e^r by its Taylor polynomial of degree 3 (remainder 1e-8); 2^(n/16) from a table whose bits lack (n % 16) << 19, so that adding
+   n << 19 sets the exponent. Whatever comes out below -87 is masked. */
 DSA__INLINE DSA__AVX512 __m512 dsa__exp_avx512(__m512 x)
 {
     const __m512i table = _mm512_set_epi32(0x3F7D257D, 0x3F7AC0C7, 0x3F78CCDF, 0x3F7744FD, 0x3F76248C, 0x3F75672A, 0x3F7508A4, 0x3F7504F3,
                                            0x3F75583F, 0x3F75FED7, 0x3F76F532, 0x3F7837F0, 0x3F79C3D3, 0x3F7B95C2, 0x3F7DAAC3, 0x3F800000);
-    const __m512 round = _mm512_set1_ps(12582912.0f), least = _mm512_set1_ps(-87.0f);         /* 1.5 * 2^23: the sum's low bits are n */
-    __m512 t = _mm512_max_ps(least, x), y, n, r, p, s;                       /* max gives its second operand when one is NaN */
-    __m512i k;
-    y = _mm512_fmadd_ps(t, _mm512_set1_ps(23.0831207f), round);
-    n = _mm512_sub_ps(y, round);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.0433216989f), t);
+    const __m512 round = _mm512_set1_ps(12582912.0f);                       /* 1.5 * 2^23: the low bits of a sum with it are n */
+    __m512 y = _mm512_fmadd_ps(x, _mm512_set1_ps(23.0831207f), round), n = _mm512_sub_ps(y, round), r, p, s;
+    __m512i k = _mm512_castps_si512(y);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.0433216989f), x);              /* ln 2 / 16 in two parts */
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-1.190408952e-10f), r);
     p = _mm512_fmadd_ps(r, _mm512_set1_ps(1.0f / 6.0f), _mm512_set1_ps(0.5f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    k = _mm512_castps_si512(y);
     s = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_permutexvar_epi32(k, table), _mm512_slli_epi32(k, 19)));
-    return _mm512_maskz_fmadd_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), _mm512_mul_ps(s, r), p, s);
+    return _mm512_maskz_fmadd_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ), _mm512_mul_ps(s, r), p, s);
 }
 
-/* Two vectors of 16 f32 as 16 pairs of bf16, x in the low halves. */
-DSA__INLINE DSA__AVX512_BF16 __m512i dsa__pairs_avx512(__m512 x, __m512 y)
+/* p of two rows to place j of P: as f32, or as bf16 pairs. Rounding to bf16 (2^-9) is what P V may cost. */
+DSA__INLINE DSA__AVX512 void dsa__put_p_f32_avx512(float *x, int32_t j, __m512 p, __m512 p1)
 {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+    _mm512_storeu_ps(x + j * 16, p);
+    _mm512_storeu_ps(x + j * 16 + 16, p1);
+}
+
+DSA__INLINE DSA__AVX512_BF16 void dsa__put_p_bf16_avx512(float *x, int32_t j, __m512 p, __m512 p1)
+{
+    const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
                                            23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+    _mm512_storeu_si512(x + j * 8, _mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh(p1, p)));
 }
 
-/* Online softmax of n logits of 16 heads, x [n, 16] in place: p as f32 [n, 16], or as bf16 pairs [ceil(n/2), 16] of rows 2j and 2j+1.
-   The sum takes p before its rounding to bf16: summing the rounded p would hide in lse an error of up to 2^-9 that out does not have
-   when v varies. Results of absent heads (mask) go nowhere. */
-#define DSA__SOFTMAX(name, isa, bf16) \
-static isa void name(int32_t n, uint16_t mask, float *x, float *max, float *sum, float *keep) \
-{ \
-    const __m512 none = _mm512_set1_ps(-dsa__infinity()); \
-    __m512 old = _mm512_mask_loadu_ps(none, mask, max), m = old, m1 = old, base, k, p, add = _mm512_setzero_ps(); \
-    int32_t j; \
-    for (j = 0; j + 2 <= n; j += 2) {                    /* a NaN logit is passed over: max gives its second operand */ \
-        m = _mm512_max_ps(_mm512_loadu_ps(x + j * 16), m); \
-        m1 = _mm512_max_ps(_mm512_loadu_ps(x + j * 16 + 16), m1); \
-    } \
-    if (j < n) m = _mm512_max_ps(_mm512_loadu_ps(x + j * 16), m); \
-    m = _mm512_max_ps(m, m1); \
-    /* With nothing but -inf so far, 0 stands for the max: p and keep come out 0 instead of e^(-inf + inf). */ \
-    base = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(m, none, _CMP_NEQ_UQ), m); \
-    k = dsa__exp_avx512(_mm512_sub_ps(old, base)); \
-    for (j = 0; j < n; j++) { \
-        p = dsa__exp_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + j * 16), base)); \
-        add = _mm512_add_ps(add, p); \
-        if (bf16) { \
-            __m512 p1 = _mm512_setzero_ps(); \
-            if (j + 1 < n) { \
-                p1 = dsa__exp_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + j * 16 + 16), base)); \
-                add = _mm512_add_ps(add, p1); \
-            } \
-            p = DSA__PAIRS(p, p1); \
-            _mm512_storeu_ps(x + j++ * 8, p); \
-        } else { \
-            _mm512_storeu_ps(x + j * 16, p); \
-        } \
-    } \
-    _mm512_mask_storeu_ps(sum, mask, _mm512_fmadd_ps(k, _mm512_maskz_loadu_ps(mask, sum), add)); \
-    _mm512_mask_storeu_ps(max, mask, m); \
-    _mm512_storeu_ps(keep, k); \
+/* Online softmax of 16 heads (those in mask): logits x [n, 16] become P in place, keep [16] = e^(m - m'). The sum takes p before it is
+   rounded: p that all round the same way would put lse off by up to 2^-9, twice what FlashMLA's tolerance grants it at 2048 rows.
+   The max gives its second operand when one is NaN, and so passes a NaN logit over; its p makes the head NaN. As long as there was
+   nothing but -inf, 0 stands for the max, so that p and keep are 0. */
+#define DSA__SOFTMAX(UNIT, ISA)                                                                                                     \
+static ISA void dsa__softmax_##UNIT##_avx512(int32_t n, __mmask16 mask, float *x, float *max, float *sum, float *keep)              \
+{                                                                                                                                   \
+    const __m512 none = _mm512_set1_ps(-dsa__infinity());                                                                           \
+    __m512 m0 = _mm512_mask_loadu_ps(none, mask, max), m = m0, m1 = m0, base, k, p, p1, add = _mm512_setzero_ps();                  \
+    int32_t j;                                                                                                                      \
+    for (j = 0; j < n; j += 2) {                                                                                                    \
+        m = _mm512_max_ps(_mm512_loadu_ps(x + j * 16), m);                                                                          \
+        if (j + 1 < n) m1 = _mm512_max_ps(_mm512_loadu_ps(x + j * 16 + 16), m1);                                                    \
+    }                                                                                                                               \
+    m = _mm512_max_ps(m, m1);                                                                                                       \
+    base = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(m, none, _CMP_NEQ_UQ), m);                                                        \
+    for (j = 0; j < n; j += 2) {                                                                                                    \
+        p = dsa__exp_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + j * 16), base));                                                      \
+        p1 = _mm512_setzero_ps();                                                                                                   \
+        if (j + 1 < n) p1 = dsa__exp_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + j * 16 + 16), base));                                 \
+        add = _mm512_add_ps(_mm512_add_ps(add, p), p1);                                                                             \
+        dsa__put_p_##UNIT##_avx512(x, j, p, p1);                                                                                    \
+    }                                                                                                                               \
+    k = dsa__exp_avx512(_mm512_sub_ps(m0, base));                                                                                   \
+    _mm512_mask_storeu_ps(sum, mask, _mm512_fmadd_ps(k, _mm512_maskz_loadu_ps(mask, sum), add));                                    \
+    _mm512_mask_storeu_ps(max, mask, m);                                                                                            \
+    _mm512_storeu_ps(keep, k);                                                                                                      \
 }
-#define DSA__PAIRS(x, y) x
-DSA__SOFTMAX(dsa__softmax_f32_avx512, DSA__AVX512, 0)
-#undef DSA__PAIRS
-#define DSA__PAIRS(x, y) _mm512_castsi512_ps(dsa__pairs_avx512(x, y))
-DSA__SOFTMAX(dsa__softmax_bf16_avx512, DSA__AVX512_BF16, 1)
-#undef DSA__PAIRS
+DSA__SOFTMAX(f32, DSA__AVX512)
+DSA__SOFTMAX(bf16, DSA__AVX512_BF16)
 
-DSA__INLINE uint16_t dsa__mask16(int32_t n) { return (uint16_t)(n >= 16 ? 0xFFFF : n > 0 ? (1u << n) - 1u : 0); }
-DSA__INLINE uint32_t dsa__mask32(int32_t n) { return n >= 32 ? 0xFFFFFFFFu : (1u << n) - 1u; }
-
-/* 16 values of a cache row as f32. e4m3 goes through f16: the same 1 + 4 + 3 bits at exponent bias 15 instead of 7, a factor 2^8,
-   subnormals included (as bits of f32 these would cost Intel an assist). */
-DSA__INLINE DSA__AVX512 __m512 dsa__load16_bf16_avx512(const unsigned char *p, int32_t n)
-{
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(dsa__mask16(n), p)), 16));
-}
-
-DSA__INLINE DSA__AVX512 __m512 dsa__load16_e4m3_avx512(const unsigned char *p, int32_t n)
-{
-    __m256i w = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(dsa__mask16(n), p)), em = _mm256_and_si256(w, _mm256_set1_epi16(0x7F));
-    __m256i h = _mm256_or_si256(_mm256_slli_epi16(em, 7), _mm256_slli_epi16(_mm256_andnot_si256(_mm256_set1_epi16(0x7F), w), 8));
-    h = _mm256_mask_blend_epi16(_mm256_cmpeq_epi16_mask(em, _mm256_set1_epi16(0x7F)), h, _mm256_set1_epi16(0x7E00));
-    return _mm512_mul_ps(_mm512_cvtph_ps(h), _mm512_set1_ps(256.0f));
-}
-
-/* One cache row as f32, zeros to the end of the last vector. */
-static DSA__AVX512 void dsa__expand_f32_avx512(const dsa__attend_shape *s, const unsigned char *row, float *y)
+/* A cache row as f32 or bf16. Up to 31 elements behind it are written too, the first one 0: partner of an odd row's last element. */
+static DSA__AVX512 void dsa__expand_f32_avx512(const dsa__attend_shape *s, const unsigned char *row, unsigned char *out)
 {
     int32_t R = s->dim_latent, r = s->dim_rope, d;
-    if (s->format == DSA_BF16) {
-        for (d = 0; d < R + r; d += 16) _mm512_storeu_ps(y + d, dsa__load16_bf16_avx512(row + 2 * d, R + r - d));
-        return;
-    }
-    for (d = 0; d < R; d += 16) {
-        float scale;
-        memcpy(&scale, row + R + d / 128 * 4, 4);
-        _mm512_storeu_ps(y + d, _mm512_mul_ps(dsa__load16_e4m3_avx512(row + d, R - d), _mm512_set1_ps(scale)));
-    }
-    row += R + (R + 127) / 128 * 4;
-    for (d = 0; d < r; d += 16) _mm512_storeu_ps(y + R + d, dsa__load16_bf16_avx512(row + 2 * d, r - d));
-}
-
-/* The same as bf16. With a scale that is a power of two, as dsa.h writes them, the product is exact and made in integers:
-   e4m3's bits moved to bf16's place, with the exponent's bias and the scale's exponent added; subnormals from a table of 8. */
-static DSA__AVX512_BF16 void dsa__expand_bf16_avx512(const dsa__attend_shape *s, const unsigned char *row, unsigned char *y)
-{
-    /* 0, 1, .. 7 times 2^-9 */
-    const __m512i small = _mm512_castsi128_si512(_mm_set_epi16(0x3C60, 0x3C40, 0x3C20, 0x3C00, 0x3BC0, 0x3B80, 0x3B00, 0));
-    const __m512i low7 = _mm512_set1_epi16(0x7F);
-    int32_t R = s->dim_latent, r = s->dim_rope, n = s->format == DSA_BF16 ? R + r : r, g, d;
+    float *y = (float *)(void *)out, scale;
     if (s->format == DSA_FP8) {
-        for (g = 0; g < R; g += 128) {
-            int32_t end = dsa__min32(R, g + 128), e;
-            uint32_t bits;
-            float scale;
-            memcpy(&bits, row + R + g / 32, 4);
-            memcpy(&scale, &bits, 4);
-            e = (int32_t)(bits >> 23) - 127;
-            if ((bits & 0x807FFFFFu) == 0 && e > -100 && e < 100) {
-                const __m512i up = _mm512_set1_epi16((int16_t)(e * 128)), bias = _mm512_set1_epi16((int16_t)((e + 120) * 128));
-                const __m512i table = _mm512_mask_add_epi16(small, 0xFE, small, up);
-                for (d = g; d < end; d += 32) {
-                    __m512i w = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(dsa__mask32(end - d), row + d));
-                    __m512i em = _mm512_and_si512(w, low7), v = _mm512_add_epi16(_mm512_slli_epi16(em, 4), bias);
-                    v = _mm512_mask_permutexvar_epi16(v, _mm512_cmplt_epu16_mask(em, _mm512_set1_epi16(8)), em, table);
-                    v = _mm512_mask_mov_epi16(v, _mm512_cmpeq_epi16_mask(em, low7), _mm512_set1_epi16(0x7FC0));
-                    v = _mm512_or_si512(v, _mm512_slli_epi16(_mm512_andnot_si512(low7, w), 8));
-                    _mm512_storeu_si512(y + 2 * d, v);
-                }
-            } else {
-                for (d = g; d < end; d += 16) {
-                    __m512 x = _mm512_mul_ps(dsa__load16_e4m3_avx512(row + d, end - d), _mm512_set1_ps(scale));
-                    _mm256_storeu_si256((__m256i *)(void *)(y + 2 * d), (__m256i)_mm512_cvtneps_pbh(x));
-                }
-            }
+        for (d = 0; d < R; d += 16) {
+            __m128i x = d + 16 <= R ? _mm_loadu_si128((const __m128i *)(const void *)(row + d))
+                                    : _mm_maskz_loadu_epi8((__mmask16)dsa__first_bits(R - d), row + d);
+            memcpy(&scale, row + R + d / 128 * 4, 4);
+            _mm512_storeu_ps(y + d, _mm512_mul_ps(dsa__e4m3_f32_avx512(x), _mm512_set1_ps(scale)));
         }
         row += R + (R + 127) / 128 * 4;
+        y += R;
+    } else {
+        r += R;
+    }
+    for (d = 0; d < r; d += 16)
+        _mm512_storeu_ps(y + d, dsa__bf16_f32_avx512(_mm256_maskz_loadu_epi16((__mmask16)dsa__first_bits(r - d), row + 2 * d)));
+}
+
+/* The last R % 32 elements of the latent part, and all of the rest, if its scales are powers of two as dsa.h writes them: then the
+   products are exact in bf16, and integers make them, later, as `aside` says. With other scales the whole row now; products are rounded
+   twice, to f32 and to bf16. */
+static DSA__AVX512_BF16 void dsa__expand_bf16_avx512(const dsa__attend_shape *s, const unsigned char *row, unsigned char *y,
+                                                     dsa__attend_aside *aside)
+{
+    int32_t R = s->dim_latent, r = s->dim_rope, n = (R + 127) / 128, d = 0;
+    float scale;
+    if (s->format == DSA_FP8) {
+        const __mmask16 m = (__mmask16)dsa__first_bits(n);
+        const __m512i bits = _mm512_maskz_loadu_epi32(m, row + R), e = _mm512_srai_epi32(bits, 23);     /* a sign bit makes e < 0 */
+        const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x7FFFFF)) |
+                              _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(28)) | _mm512_cmpgt_epi32_mask(e, _mm512_set1_epi32(226));
+        if (n <= 16 && !(m & odd)) {
+            const __m512i shift = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(7)), 7);
+            int16_t *bias = aside->bias[aside->n_fp8];
+            _mm256_storeu_si256((__m256i *)(void *)bias, _mm512_cvtepi32_epi16(shift));
+            aside->fp8[aside->n_fp8] = row;
+            aside->bf16[aside->n_fp8++] = y;
+            aside->dims = d = R / 32 * 32;
+            if (d < R) {
+                const __m256i x = _mm256_maskz_loadu_epi8((__mmask32)dsa__first_bits(R - d), row + d);
+                _mm512_storeu_si512(y + 2 * d, dsa__e4m3_bf16_avx512(x, _mm512_set1_epi16(bias[d / 128])));
+            }
+        } else {
+            for (; d < R; d += 16) {
+                __m512 x = dsa__e4m3_f32_avx512(_mm_maskz_loadu_epi8((__mmask16)dsa__first_bits(R - d), row + d));
+                memcpy(&scale, row + R + d / 128 * 4, 4);
+                _mm256_storeu_si256((__m256i *)(void *)(y + 2 * d), (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(x, _mm512_set1_ps(scale))));
+            }
+        }
+        row += R + n * 4;
         y += 2 * R;
+    } else {
+        r += R;
     }
-    for (d = 0; d < n; d += 32) _mm512_storeu_si512(y + 2 * d, _mm512_maskz_loadu_epi16(dsa__mask32(n - d), row + 2 * d));
-    memset(y + 2 * n, 0, 2);                             /* the last element of an odd row has a partner: 0 */
+    for (d = 0; d < r; d += 32) _mm512_storeu_si512(y + 2 * d, _mm512_maskz_loadu_epi16((__mmask32)dsa__first_bits(r - d), row + 2 * d));
+    memset(y + 2 * r, 0, 2);
 }
 
-/* nv vectors of V for n rows from element d on: [n, nv, 16] f32, or [ceil(n/2), nv, 16] bf16 pairs of rows 2j and 2j+1. */
-static DSA__AVX512 void dsa__stage_avx512(int bf16, int32_t n, const unsigned char *const *kv, int32_t d, int32_t dim_v, int32_t nv,
-                                          unsigned char *v)
+/* 16 words of a head that has n elements left, the absent ones 0 */
+DSA__INLINE DSA__AVX512 __m512i dsa__words_f32_avx512(const float *q, int32_t n)
 {
-    const __m512i odd = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0,
-                                         7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
-    const uint16_t last = dsa__mask16(dim_v - d - 16 * (nv - 1));
-    int32_t j, i;
-    if (!bf16) {
-        for (j = 0; j < n; j++)
-            for (i = 0; i < nv; i++, v += 64)
-                _mm512_storeu_ps((float *)(void *)v, _mm512_maskz_loadu_ps(i + 1 < nv ? 0xFFFF : last, kv[j] + 4 * (d + 16 * i)));
-        return;
+    return _mm512_castps_si512(_mm512_maskz_loadu_ps((__mmask16)dsa__first_bits(n), q));
+}
+
+DSA__INLINE DSA__AVX512_BF16 __m512i dsa__words_bf16_avx512(const float *q, int32_t n)
+{
+    const uint32_t bits = (uint32_t)dsa__first_bits(n);
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps((__mmask16)(bits >> 16), q + 16), _mm512_maskz_loadu_ps((__mmask16)bits, q));
+}
+
+/* The query: [tiles of nv vectors][words][nv][16 heads], absent heads 0. 16 words of 16 heads at a time, transposed by swapping one bit
+   of the head's number with one of the word's, four times (the scatter that it replaces took a percent of the attention). */
+#define DSA__ATTEND_PACK(UNIT, ISA, PER)                                                                                            \
+static ISA void dsa__attend_pack_##UNIT##_avx512(const dsa__attend_shape *s, const float *q, unsigned char *packed)                 \
+{                                                                                                                                   \
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);                                    \
+    const int32_t dim = s->dim_latent + s->dim_rope, words = (dim + PER - 1) / PER, groups = (s->n_heads + 15) / 16;                \
+    int32_t v, nv = 0, first = 0, at, bit, i;                                                                                       \
+    for (v = 0; v < groups; v++) {                                                                                                  \
+        if (v == first + nv) { first = v; nv = dsa__tile_cut(groups - v); }                                                         \
+        for (at = 0; at < words; at += 16) {                                                                                        \
+            __m512i r[16];                                                                                                          \
+            for (i = 0; i < 16; i++) {                                                                                              \
+                const int32_t h = v * 16 + i;                                                                                       \
+                r[i] = _mm512_setzero_si512();                                                                                      \
+                if (h < s->n_heads) r[i] = dsa__words_##UNIT##_avx512(q + (int64_t)h * dim + at * PER, dim - at * PER);             \
+            }                                                                                                                       \
+            for (bit = 1; bit < 16; bit *= 2) {                                                                                     \
+                const __m512i bits = _mm512_set1_epi32(bit), other = _mm512_set1_epi32(16);                                         \
+                const __mmask16 set = _mm512_test_epi32_mask(lane, bits);                                                           \
+                const __m512i lo = _mm512_mask_add_epi32(lane, set, _mm512_sub_epi32(lane, bits), other);                           \
+                const __m512i hi = _mm512_mask_add_epi32(_mm512_add_epi32(lane, bits), set, lane, other);                           \
+                for (i = 0; i < 16; i++) {                                                                                          \
+                    const __m512i x = r[i], y = r[i | bit];                                                                         \
+                    if (i & bit) continue;                                                                                          \
+                    r[i] = _mm512_permutex2var_epi32(x, lo, y);                                                                     \
+                    r[i | bit] = _mm512_permutex2var_epi32(x, hi, y);                                                               \
+                }                                                                                                                   \
+            }                                                                                                                       \
+            for (i = 0; i < 16 && at + i < words; i++)                                                                              \
+                _mm512_storeu_si512(packed + ((int64_t)first * words + (int64_t)(at + i) * nv + v - first) * 64, r[i]);             \
+        }                                                                                                                           \
+    }                                                                                                                               \
+}
+DSA__ATTEND_PACK(f32, DSA__AVX512, 1)
+DSA__ATTEND_PACK(bf16, DSA__AVX512_BF16, 2)
+
+/* Where everything is. bf16: the products are made of bf16 pairs. Rows are read in place, or expanded to what the products take: of
+   bf16 also those with an odd number of elements, whose last pair would reach beyond the row, and that may end where memory does. */
+typedef struct dsa__attend_how {
+    int32_t groups, words, in_place;
+    size_t row_bytes, width;                             /* of a cache row; of an expanded one */
+    size_t query, x, v, rows;                            /* bytes of the query and of each part of the scratch */
+} dsa__attend_how;
+
+static dsa__attend_how dsa__attend_how_avx512(int bf16, const dsa__attend_shape *s)
+{
+    const int32_t R = s->dim_latent, r = s->dim_rope;
+    dsa__attend_how p;
+    p.groups = (s->n_heads + 15) / 16;
+    p.words = bf16 ? (R + r + 1) / 2 : R + r;
+    p.in_place = s->format == DSA_F32 || (s->format == DSA_BF16 && bf16 && (R + r) % 2 == 0);
+    p.row_bytes = (size_t)(s->format == DSA_F32 ? 4 * (R + r) : (s->format == DSA_BF16 ? 2 * (R + r) : R + (R + 127) / 128 * 4 + 2 * r));
+    p.width = ((size_t)(R + r) + 63) / 32 * 32 * (bf16 ? 2 : 4);
+    p.query = (size_t)p.groups * (size_t)p.words * 64;
+    p.x = (size_t)p.groups * DSA__ROWS * 64;
+    p.v = (size_t)DSA__ROWS * (bf16 ? 96 : 192);         /* 48 columns, twice */
+    p.rows = p.in_place ? 0 : DSA__ROWS * p.width;
+    return p;
+}
+
+static size_t dsa__attend_bytes_unit_avx512(int bf16, const dsa__attend_shape *s)
+{
+    const dsa__attend_how p = dsa__attend_how_avx512(bf16, s);
+    return p.x + 2 * p.v + p.rows + (size_t)p.groups * 64;
+}
+
+/* Makes rows [j, j + 8) of the block ready for the products, FP8 rows but for what `aside` shall do. */
+static void dsa__attend_rows_avx512(int bf16, const dsa__attend_shape *s, const dsa__attend_how *p, int32_t n,
+                                    const unsigned char *const *rows, int32_t j, unsigned char *expanded, const unsigned char **kv, dsa__attend_aside *aside)
+{
+    int32_t i;
+    aside->n_fp8 = aside->dims = 0;
+    for (i = j; i < j + 8; i++) {
+        const int32_t row = dsa__min32(i, n - 1);                               /* the last tile's spare rows repeat its last row */
+        kv[i] = p->in_place ? rows[row] : expanded + (size_t)row * p->width;
+        if (p->in_place || i >= n) continue;
+        if (bf16) dsa__expand_bf16_avx512(s, rows[i], expanded + (size_t)i * p->width, aside);
+        else      dsa__expand_f32_avx512(s, rows[i], expanded + (size_t)i * p->width);
     }
-    for (j = 0; j < n; j += 2) {
-        const unsigned char *even = kv[j] + 2 * d, *next = j + 1 < n ? kv[j + 1] + 2 * d : NULL;
-        for (i = 0; i < nv; i++, v += 64) {
-            uint16_t mask = i + 1 < nv ? 0xFFFF : last;
-            __m512i x = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even + 32 * i));
-            if (next) {
-                __m512i y = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, next + 32 * i));
-                x = _mm512_mask_permutexvar_epi16(x, 0xAAAAAAAAu, odd, y);
-            }
-            _mm512_storeu_si512(v, x);
-        }
+}
+
+/* What `aside` shall bring together next: columns d and on of V. */
+static void dsa__attend_columns(dsa__attend_aside *aside, int32_t d, int32_t dim_v, unsigned char *v)
+{
+    aside->d = d;
+    aside->j = d < dim_v ? 0 : aside->n;
+    aside->nv = dsa__tile_cut((dim_v - d + 15) / 16);
+    aside->last = (__mmask16)dsa__first_bits(d < dim_v ? dim_v - d - 16 * (aside->nv - 1) : 0);
+    aside->v = v;
+}
+
+/* The first rows and columns have no tile before them, and the last words of a column may find no turn: all that is left, now. */
+static DSA__AVX512_BF16 void dsa__aside_rows_avx512(const dsa__attend_aside *aside)
+{
+    size_t at;
+    for (at = 0; at < 2 * (size_t)aside->dims; at += 64) dsa__aside_logits_bf16_avx512(aside, at);
+}
+
+static DSA__AVX512 void dsa__aside_columns_avx512(int bf16, dsa__attend_aside *aside)
+{
+    if (bf16) dsa__aside_values_bf16_avx512(aside, DSA__ROWS);
+    else      dsa__aside_values_f32_avx512(aside, DSA__ROWS);
+}
+
+static DSA__AVX512 void dsa__attend_unit_avx512(int bf16, const dsa__attend_shape *s, const void *packed, int32_t n, int32_t n_ahead,
+                                                const unsigned char *const *rows, float *max, float *sum, float *out, void *scratch)
+{
+    const dsa__attend_how p = dsa__attend_how_avx512(bf16, s);
+    float *x = (float *)scratch, *keep = (float *)(void *)((unsigned char *)scratch + p.x);            /* x: logits, then P */
+    unsigned char *v = (unsigned char *)(keep + p.groups * 16), *v_next = v + p.v, *expanded = v + 2 * p.v;
+    const unsigned char *q = (const unsigned char *)packed, *kv[DSA__ROWS + 8];
+    const int32_t words = bf16 ? (n + 1) / 2 : n, turns = (words + 14) / 16 * ((s->n_heads + 7) / 8);
+    int32_t j, i, d, nv;
+    dsa__attend_aside aside;
+
+    /* All the block's pages at once: a row in a page that no TLB knows costs 350 cycles of its own, 70 among many. Under a hypervisor
+       that backs memory with 4 KiB pages this is so for huge pages too. Of the first rows all lines. */
+    for (j = 0; j < n + n_ahead; j++) {
+        for (d = 0; j < 16 && d < (int32_t)p.row_bytes; d += 64) _mm_prefetch((const char *)rows[j] + d, _MM_HINT_T1);
+        _mm_prefetch((const char *)rows[j], _MM_HINT_T1);
+        _mm_prefetch((const char *)rows[j] + p.row_bytes - 1, _MM_HINT_T1);
     }
-}
-
-/* The query's layout: [tiles of nv vectors][steps][nv][16 heads] of 4 bytes: f32, or bf16 of elements 2s and 2s+1. Absent heads are 0. */
-#define DSA__PACK(name, isa, bf16) \
-static isa void name(const dsa__attend_shape *s, const float *q, unsigned char *packed) \
-{ \
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); \
-    int32_t dim = s->dim_latent + s->dim_rope, steps = bf16 ? (dim + 1) / 2 : dim, groups = (s->n_heads + 15) / 16; \
-    int32_t v, nv = 0, first = 0, at, bit, i; \
-    for (v = 0; v < groups; v++) { \
-        if (v == first + nv) { first = v; nv = dsa__tile_cut(groups - v); } \
-        for (at = 0; at < steps; at += 16) { \
-            __m512i r[16]; \
-            for (i = 0; i < 16; i++) { \
-                int32_t d = bf16 ? 2 * at : at, left = v * 16 + i < s->n_heads ? dim - d : 0; \
-                const float *x = q + (left > 0 ? (int64_t)(v * 16 + i) * dim + d : 0); \
-                r[i] = DSA__PACK_16(x, left); \
-            } \
-            for (bit = 1; bit < 16; bit *= 2) {          /* transpose: swap the bit of the row with the bit of the lane */ \
-                const __m512i bits = _mm512_set1_epi32(bit); \
-                const __mmask16 up = _mm512_test_epi32_mask(lane, bits); \
-                const __m512i lo = _mm512_mask_add_epi32(lane, up, lane, _mm512_set1_epi32(16 - bit)); \
-                const __m512i hi = _mm512_mask_add_epi32(_mm512_add_epi32(lane, bits), up, lane, _mm512_set1_epi32(16)); \
-                for (i = 0; i < 16; i++) { \
-                    __m512i a = r[i], b = r[i | bit]; \
-                    if (i & bit) continue; \
-                    r[i] = _mm512_permutex2var_epi32(a, lo, b); \
-                    r[i | bit] = _mm512_permutex2var_epi32(a, hi, b); \
-                } \
-            } \
-            for (i = 0; i < 16 && at + i < steps; i++) \
-                _mm512_storeu_si512(packed + \
-                                    ((size_t)first * (size_t)steps + (size_t)(at + i) * (size_t)nv + (size_t)(v - first)) * 64, r[i]); \
-        } \
-    } \
-}
-#define DSA__PACK_16(x, n) _mm512_castps_si512(_mm512_maskz_loadu_ps(dsa__mask16(n), x))
-DSA__PACK(dsa__pack_f32_avx512, DSA__AVX512, 0)
-#undef DSA__PACK_16
-#define DSA__PACK_16(x, n) \
-    (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(dsa__mask16((n) - 16), (x) + 16), _mm512_maskz_loadu_ps(dsa__mask16(n), x))
-DSA__PACK(dsa__pack_bf16_avx512, DSA__AVX512_BF16, 1)
-#undef DSA__PACK_16
-
-static size_t dsa__attend_row_floats(const dsa__attend_shape *s) { return ((size_t)s->dim_latent + (size_t)s->dim_rope + 47) / 16 * 16; }
-
-static size_t dsa__attend_query_bytes_avx512_(const dsa__attend_shape *s, int bf16)
-{
-    size_t dim = (size_t)s->dim_latent + (size_t)s->dim_rope;
-    return ((size_t)s->n_heads + 15) / 16 * 64 * (bf16 ? (dim + 1) / 2 : dim);
-}
-
-/* Are rows read where they lie? Else they are expanded to what the products take. bf16 pairs must not reach beyond the row. */
-static int dsa__attend_in_place(const dsa__attend_shape *s, int bf16)
-{
-    return s->format == DSA_F32 || (s->format == DSA_BF16 && bf16 && (s->dim_latent + s->dim_rope) % 2 == 0);
-}
-
-static size_t dsa__attend_bytes_avx512_(const dsa__attend_shape *s, int bf16)
-{
-    size_t groups = ((size_t)s->n_heads + 15) / 16, rows = dsa__attend_in_place(s, bf16) ? 0 : dsa__attend_row_floats(s) * 4;
-    return groups * (DSA__ROWS + 1) * 64 + DSA__ROWS * 192 + DSA__ROWS * rows;
-}
-
-static void dsa__attend_avx512_(const dsa__attend_shape *s, const void *packed, int32_t n, int32_t n_ahead,
-                                const unsigned char *const *rows, float *max, float *sum, float *out, void *scratch, int bf16)
-{
-    const int32_t R = s->dim_latent, r = s->dim_rope, groups = (s->n_heads + 15) / 16, in_place = dsa__attend_in_place(s, bf16);
-    const size_t width = dsa__attend_row_floats(s) * (bf16 ? 2 : 4);
-    float *x = (float *)scratch, *keep = x + (size_t)groups * DSA__ROWS * 16;      /* x: logits, then P */
-    unsigned char *v = (unsigned char *)(keep + groups * 16), *expanded = v + DSA__ROWS * 192;
-    const unsigned char *kv[DSA__ROWS];
-    int32_t j, i, nv, d;
-    const unsigned char *a[8], *ahead[8];
-    const size_t last = (size_t)(s->format == DSA_F32 ? 4 * (R + r) :                   /* byte of a row */
-                                 s->format == DSA_BF16 ? 2 * (R + r) : R + (R + 127) / 128 * 4 + 2 * r) - 1;
-    int32_t steps = bf16 ? (R + r + 1) / 2 : R + r;
+    for (i = 0; i < 8; i++) aside.ahead[i] = rows[0];
+    aside.ahead_last = 0;
+    dsa__attend_rows_avx512(bf16, s, &p, n, rows, 0, expanded, kv, &aside);
+    if (bf16) dsa__aside_rows_avx512(&aside);
     for (j = 0; j < n; j += 8) {
-        for (i = 0; i < 8; i++) {
-            int32_t at = dsa__min32(j + i, n - 1);
-            if (j + i < n) {
-                kv[at] = in_place ? rows[at] : expanded + (size_t)at * width;
-                if (!in_place && bf16) dsa__expand_bf16_avx512(s, rows[at], expanded + (size_t)at * width);
-                if (!in_place && !bf16) dsa__expand_f32_avx512(s, rows[at], (float *)(void *)(expanded + (size_t)at * width));
-            }
-            a[i] = kv[at];
-            ahead[i] = rows[dsa__min32(j + 8 + i, n + n_ahead - 1)];
-        }
-        if (bf16)
-            dsa__tile_bf16_avx512_logits(groups, steps, a, (const unsigned char *)packed, ahead, last, n - j, s->scale, x + (size_t)j * 16);
-        else
-            dsa__tile_f32_avx512_logits(groups, steps, a, (const unsigned char *)packed, ahead, last, n - j, s->scale, x + (size_t)j * 16);
+        if (j + 8 < n) dsa__attend_rows_avx512(bf16, s, &p, n, rows, j + 8, expanded, kv, &aside);
+        for (i = 0; i < 8; i++) aside.ahead[i] = rows[dsa__min32(j + 16 + i, n + n_ahead - 1)];
+        aside.ahead_last = p.row_bytes - 1;
+        if (bf16) dsa__attend_logits_bf16_avx512(p.groups, p.words, kv + j, q, &aside, n - j, s->scale, x + j * 16);
+        else      dsa__attend_logits_f32_avx512(p.groups, p.words, kv + j, q, &aside, n - j, s->scale, x + j * 16);
     }
-    for (i = 0; i < groups; i++) {
-        float *xi = x + (size_t)i * DSA__ROWS * 16;
-        if (bf16) dsa__softmax_bf16_avx512(n, dsa__mask16(s->n_heads - i * 16), xi, max + i * 16, sum + i * 16, keep + i * 16);
-        else      dsa__softmax_f32_avx512(n, dsa__mask16(s->n_heads - i * 16), xi, max + i * 16, sum + i * 16, keep + i * 16);
+    for (i = 0; i < p.groups; i++) {
+        float *xi = x + (size_t)i * (16 * DSA__ROWS);
+        const __mmask16 heads = (__mmask16)dsa__first_bits(s->n_heads - 16 * i);
+        if (bf16) dsa__softmax_bf16_avx512(n, heads, xi, max + i * 16, sum + i * 16, keep + i * 16);
+        else      dsa__softmax_f32_avx512(n, heads, xi, max + i * 16, sum + i * 16, keep + i * 16);
     }
-    steps = bf16 ? (n + 1) / 2 : n;
+    aside.rows = kv;
+    aside.n = n;
+    aside.per = turns > 0 ? (words + turns - 1) / turns : 0;
+    dsa__attend_columns(&aside, 0, s->dim_v, v);
     for (d = 0; d < s->dim_v; d += nv * 16) {
-        uint16_t mask;
-        nv = dsa__tile_cut((s->dim_v - d + 15) / 16);
-        mask = dsa__mask16(s->dim_v - d - (nv - 1) * 16);
-        dsa__stage_avx512(bf16, n, kv, d, s->dim_v, nv, v);
-        if (bf16) dsa__tile_bf16_avx512_values(nv, s->n_heads, steps, x, v, keep, out + d, (size_t)s->dim_v, mask);
-        else      dsa__tile_f32_avx512_values(nv, s->n_heads, steps, x, v, keep, out + d, (size_t)s->dim_v, mask);
+        const __mmask16 last = aside.last;
+        unsigned char *now = v;
+        dsa__aside_columns_avx512(bf16, &aside);
+        nv = aside.nv;
+        v = v_next;
+        v_next = now;
+        dsa__attend_columns(&aside, d + nv * 16, s->dim_v, v);
+        if (bf16) dsa__attend_values_bf16_avx512(nv, s->n_heads, words, &aside, x, now, keep, out + d, (size_t)s->dim_v, last);
+        else      dsa__attend_values_f32_avx512(nv, s->n_heads, words, &aside, x, now, keep, out + d, (size_t)s->dim_v, last);
     }
 }
 
 #define DSA__ATTEND_ENTRIES(SUFFIX, BF16)                                                                                           \
-static size_t dsa__attend_query_bytes_##SUFFIX(const dsa__attend_shape *s) { return dsa__attend_query_bytes_avx512_(s, BF16); }     \
-static size_t dsa__attend_bytes_##SUFFIX(const dsa__attend_shape *s) { return dsa__attend_bytes_avx512_(s, BF16); }                 \
+static size_t dsa__attend_query_bytes_##SUFFIX(const dsa__attend_shape *s) { return dsa__attend_how_avx512(BF16, s).query; }        \
+static size_t dsa__attend_bytes_##SUFFIX(const dsa__attend_shape *s) { return dsa__attend_bytes_unit_avx512(BF16, s); }             \
 static void dsa__attend_pack_##SUFFIX(const dsa__attend_shape *s, const float *q, void *packed)                                     \
 {                                                                                                                                   \
-    if (BF16) dsa__pack_bf16_avx512(s, q, (unsigned char *)packed);                                                                 \
-    else      dsa__pack_f32_avx512(s, q, (unsigned char *)packed);                                                                  \
+    if (BF16) dsa__attend_pack_bf16_avx512(s, q, (unsigned char *)packed);                                                          \
+    else      dsa__attend_pack_f32_avx512(s, q, (unsigned char *)packed);                                                           \
 }                                                                                                                                   \
 static void dsa__attend_##SUFFIX(const dsa__attend_shape *s, const void *packed, int32_t n, int32_t n_ahead,                        \
                                  const unsigned char *const *rows, float *max, float *sum, float *out, void *scratch)               \
 {                                                                                                                                   \
-    dsa__attend_avx512_(s, packed, n, n_ahead, rows, max, sum, out, scratch, BF16);                                                 \
+    dsa__attend_unit_avx512(BF16, s, packed, n, n_ahead, rows, max, sum, out, scratch);                                             \
 }
 DSA__ATTEND_ENTRIES(avx512f, 0)
 DSA__ATTEND_ENTRIES(avx512, !s->exact)

@@ -2673,11 +2673,31 @@ DSA__AVX512 static int64_t dsa__keep_avx512(const float *s, const int32_t *i, in
     }
     return m + dsa__ref_keep(s + j, i + j, n - j, cut, equal, out_s + m, out_i + m);     /* writes nothing beyond place n */
 }
+
+/* r[i][j] <-> r[j][i], 4-byte words: one bit of the row's number changes places with one of the lane's, four times. */
+DSA__INLINE DSA__AVX512 void dsa__transpose_avx512(__m512i *r)
+{
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), other = _mm512_set1_epi32(16);
+    int i, bit;
+    DSA__UNROLL for (bit = 1; bit < 16; bit *= 2) {
+        const __m512i bits = _mm512_set1_epi32(bit);
+        const __mmask16 set = _mm512_test_epi32_mask(lane, bits);
+        const __m512i lo = _mm512_mask_add_epi32(lane, set, _mm512_sub_epi32(lane, bits), other);
+        const __m512i hi = _mm512_mask_add_epi32(_mm512_add_epi32(lane, bits), set, lane, other);
+        DSA__UNROLL for (i = 0; i < 16; i++) {
+            const __m512i x = r[i], y = r[i | bit];
+            if (i & bit) continue;
+            r[i] = _mm512_permutex2var_epi32(x, lo, y);
+            r[i | bit] = _mm512_permutex2var_epi32(x, hi, y);
+        }
+    }
+}
+
 /* ---- index scores --------------------------------------------------------------------------------------------------
    Lanes are heads. A unit is what multiplies: it takes words of 4 bytes that hold 1 (f32), 2 (bf16) or 4 (int8) dims of one key
    or of one head. */
 
-static uint64_t dsa__first_bits(int64_t n) { return n >= 64 ? ~UINT64_C(0) : (UINT64_C(1) << n) - 1; }
+static uint64_t dsa__first_bits(int64_t n) { return n >= 64 ? ~UINT64_C(0) : n > 0 ? (UINT64_C(1) << n) - 1 : 0; }
 
 typedef enum dsa__unit { DSA__UNIT_F32 = 0, DSA__UNIT_BF16, DSA__UNIT_INT8 } dsa__unit;
 
@@ -2864,10 +2884,85 @@ DSA__AVX512 static void dsa__score_widen_avx512(dsa_type format, int32_t dim, co
     }
 }
 
+/* dsa__round_heads, the same bits, for D in whole vectors: a query's 16 us become 3, which two threads would wait for. */
+DSA__AVX512 static void dsa__hadamard_avx512(float *x, int32_t dim)
+{
+    const __m512 norm = _mm512_set1_ps((float)(1.0 / sqrt((double)dim)));
+    int32_t s, i, j;
+    for (i = 0; i < dim; i += 16) {          /* (a, b) -> (a + b, a - b) with the lane 1, 2, 4, 8 away */
+        __m512 a = _mm512_loadu_ps(x + i), b = _mm512_permute_ps(a, 0xB1);
+        a = _mm512_mask_sub_ps(_mm512_add_ps(a, b), 0xAAAA, b, a);
+        b = _mm512_permute_ps(a, 0x4E);
+        a = _mm512_mask_sub_ps(_mm512_add_ps(a, b), 0xCCCC, b, a);
+        b = _mm512_shuffle_f32x4(a, a, 0xB1);
+        a = _mm512_mask_sub_ps(_mm512_add_ps(a, b), 0xF0F0, b, a);
+        b = _mm512_shuffle_f32x4(a, a, 0x4E);
+        _mm512_storeu_ps(x + i, _mm512_mask_sub_ps(_mm512_add_ps(a, b), 0xFF00, b, a));
+    }
+    for (s = 16; s < dim; s *= 2)
+        for (i = 0; i < dim; i += 2 * s)
+            for (j = i; j < i + s; j += 16) {
+                const __m512 a = _mm512_loadu_ps(x + j), b = _mm512_loadu_ps(x + j + s);
+                _mm512_storeu_ps(x + j, _mm512_add_ps(a, b));
+                _mm512_storeu_ps(x + j + s, _mm512_sub_ps(a, b));
+            }
+    for (i = 0; i < dim; i += 16) _mm512_storeu_ps(x + i, _mm512_mul_ps(_mm512_loadu_ps(x + i), norm));
+}
+
+/* The e4m3 value that x rounds to, |x| beyond 448 to 448: half to even at the third mantissa bit; below 2^-6 the adder rounds to
+   steps of 2^-9, and keeps NaN. */
+DSA__INLINE DSA__AVX512 __m512 dsa__round_e4m3_avx512(__m512 x)
+{
+    const __m512 big = _mm512_set1_ps(16384.0f);
+    const __m512i sign = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(INT32_MIN));
+    const __m512 a = _mm512_min_ps(_mm512_set1_ps(448.0f), _mm512_abs_ps(x));                       /* min gives its second: NaN */
+    __m512i r = _mm512_castps_si512(a);
+    r = _mm512_add_epi32(r, _mm512_add_epi32(_mm512_set1_epi32(0x7FFFF), _mm512_and_si512(_mm512_srli_epi32(r, 20), _mm512_set1_epi32(1))));
+    r = _mm512_andnot_si512(_mm512_set1_epi32(0xFFFFF), r);
+    r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a, _mm512_set1_ps(0.015625f), _CMP_NGE_UQ),
+                              _mm512_castps_si512(_mm512_sub_ps(_mm512_add_ps(a, big), big)));
+    return _mm512_castsi512_ps(_mm512_or_si512(r, sign));
+}
+
 DSA__AVX512 static void dsa__query_round_avx512(dsa_type format, int hadamard, int32_t n_heads, int32_t dim, const float *q, const float *w,
                                                 float *x, float *v)
 {
-    dsa__round_heads(format, hadamard, n_heads, dim, q, w, x, v);
+    const __m512i nan = _mm512_set1_epi32(0x7F800000);
+    int32_t h, d;
+    if (dim % 16 != 0 || (format != DSA_FP8 && format != DSA_INT8)) {
+        dsa__round_heads(format, hadamard, n_heads, dim, q, w, x, v);
+        return;
+    }
+    for (h = 0; h < n_heads; h++, x += dim) {
+        __m512i most = _mm512_setzero_si512();
+        __m512 scale;
+        __mmask16 nans = 0;
+        float amax, s;
+        memcpy(x, q + (int64_t)h * dim, sizeof(float) * (size_t)dim);
+        if (hadamard) dsa__hadamard_avx512(x, dim);
+        for (d = 0; d < dim; d += 16) {
+            const __m512i a = _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(x + d)));
+            const __mmask16 is = _mm512_cmpgt_epi32_mask(a, nan);
+            most = _mm512_mask_max_epi32(most, (__mmask16)~is, most, a);
+            nans |= is;
+        }
+        d = _mm512_reduce_max_epi32(most);
+        amax = d >= 0x7F800000 ? FLT_MAX : dsa__from_bits((uint32_t)d);
+        s = format == DSA_FP8 ? dsa__e4m3_scale(&amax, 1) : nans ? dsa__nan() : dsa__int8_scale(&amax, 1);
+        scale = _mm512_set1_ps(s);
+        for (d = 0; d < dim; d += 16) {
+            const __m512 y = _mm512_div_ps(_mm512_loadu_ps(x + d), scale);
+            if (format == DSA_FP8) {
+                _mm512_storeu_ps(x + d, dsa__round_e4m3_avx512(y));
+            } else {                         /* dsa__int8_value; NaN fails both comparisons and the mask makes it 0 */
+                const __m512 magic = _mm512_set1_ps(12582912.0f);
+                __m512 z = _mm512_max_ps(_mm512_min_ps(y, _mm512_set1_ps(127.0f)), _mm512_set1_ps(-127.0f));
+                z = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, y, _CMP_ORD_Q), z);
+                _mm512_storeu_ps(x + d, _mm512_sub_ps(_mm512_add_ps(z, magic), magic));
+            }
+        }
+        v[h] = w[h] * s;
+    }
 }
 
 /* How one format is scored on a CPU of a given level: 0 AVX-512 F, BW, VL and DQ; 1 also VNNI; 2 also BF16 and VBMI. */
@@ -2907,14 +3002,41 @@ static size_t dsa__query_bytes_level_avx512(int level, dsa_type format, int32_t 
     return 64 * ((size_t)p.n_tables + (size_t)p.n_vectors * ((size_t)p.words + 2));
 }
 
-static void dsa__query_pack_level_avx512(int level, dsa_type format, int32_t n_heads, int32_t dim, const float *q, const float *w,
-                                         void *packed)
+/* 16 words of a unit from n or more f32 that fit it exactly; zeros behind the last */
+DSA__INLINE DSA__AVX512 __m512i dsa__words_avx512(dsa__unit unit, const float *q, int32_t n)
+{
+    __m512i x[4], even, odd;
+    int i;
+    for (i = 0; i < 1 << (int)unit; i++)
+        x[i] = _mm512_castps_si512(_mm512_maskz_loadu_ps((__mmask16)dsa__first_bits(n - 16 * i), q + 16 * i));
+    if (unit == DSA__UNIT_F32) return x[0];
+    if (unit == DSA__UNIT_BF16) {            /* the upper halves, in order */
+        even = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,
+                                31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+        return _mm512_permutex2var_epi16(x[0], even, x[1]);
+    }
+    for (i = 0; i < 4; i++) x[i] = _mm512_cvtps_epi32(_mm512_castsi512_ps(x[i]));
+    even = _mm512_packs_epi32(x[0], x[1]);
+    odd = _mm512_packs_epi32(x[2], x[3]);
+    return _mm512_permutexvar_epi32(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), _mm512_packs_epi16(even, odd));
+}
+
+/* acc + the four signed bytes of a word */
+DSA__INLINE DSA__AVX512 __m512i dsa__add_bytes_avx512(__m512i acc, __m512i x)
+{
+    const __m512i pairs = _mm512_add_epi16(_mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8), _mm512_srai_epi16(x, 8));
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+
+DSA__AVX512 static void dsa__query_pack_level_avx512(int level, dsa_type format, int32_t n_heads, int32_t dim,
+                                                     const float *q, const float *w, void *packed)
 {
     dsa__score_how p = dsa__score_how_avx512(level, format, n_heads, dim);
+    const int32_t per = 1 << (int)p.unit;
     unsigned char *group = (unsigned char *)packed;
     int32_t v, h, d, c, nv;
-    memset(packed, 0, dsa__query_bytes_level_avx512(level, format, n_heads, dim));
     if (p.n_tables) {
+        memset(group, 0, 64 * (size_t)p.n_tables);
         for (c = 0; c < 128; c++) {
             uint32_t b = dsa__bits(dsa_e4m3_to_f32((uint8_t)c)) >> 16;
             group[c] = (unsigned char)(b & 255u);
@@ -2926,21 +3048,25 @@ static void dsa__query_pack_level_avx512(int level, dsa_type format, int32_t n_h
     }
     for (v = 0; v < p.n_vectors; v += nv) {
         nv = dsa__score_group_avx512(p.n_vectors - v);
-        for (h = 16 * v; h < dsa__min32(n_heads, 16 * (v + nv)); h++) {
-            unsigned char *lane = group + 4 * (h - 16 * v), *x = lane + 64 * nv;
-            int32_t step = 64 * nv, start = 0;
-            for (d = 0; d < dim; d++) {
-                float y = q[(int64_t)h * dim + d];
-                uint32_t b = dsa__bits(y);
-                uint16_t b16 = (uint16_t)(b >> 16);
-                switch (p.unit) {
-                case DSA__UNIT_F32:  memcpy(x + (int64_t)d * step, &b, 4); break;
-                case DSA__UNIT_BF16: memcpy(x + (int64_t)(d / 2) * step + 2 * (d % 2), &b16, 2); break;
-                case DSA__UNIT_INT8: x[(int64_t)(d / 4) * step + d % 4] = (unsigned char)(int32_t)y; start -= 128 * (int32_t)y; break;
+        for (c = 0; c < nv; c++) {           /* 16 heads: 16 words of each at a time, transposed */
+            const int32_t first = 16 * (v + c), heads = dsa__min32(n_heads - first, 16);
+            const size_t step = 64 * (size_t)nv;
+            unsigned char *x = group + 64 * (size_t)c;
+            __m512i start = _mm512_setzero_si512(), r[16];
+            for (d = 0; d < p.words; d += 16) {
+                for (h = 0; h < 16; h++) {
+                    r[h] = _mm512_setzero_si512();
+                    if (h < heads) r[h] = dsa__words_avx512(p.unit, q + (int64_t)(first + h) * dim + per * d, dim - per * d);
+                }
+                dsa__transpose_avx512(r);
+                for (h = 0; h < 16 && d + h < p.words; h++) {
+                    _mm512_storeu_si512(x + step * (size_t)(1 + d + h), r[h]);
+                    if (p.unit == DSA__UNIT_INT8) start = dsa__add_bytes_avx512(start, r[h]);
                 }
             }
-            memcpy(lane, &start, 4);
-            memcpy(x + (int64_t)p.words * step, w + h, 4);
+            _mm512_storeu_si512(x, _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), start), 7));      /* -128 Sum_d q */
+            _mm512_storeu_ps((float *)(void *)(x + step * (size_t)(1 + p.words)),
+                             _mm512_maskz_loadu_ps(dsa__lanes_avx512(heads), w + first));
         }
         group += 64 * (size_t)nv * ((size_t)p.words + 2);
     }
@@ -3370,14 +3496,13 @@ DSA__INLINE DSA__AVX512_BF16 __m512i dsa__words_bf16_avx512(const float *q, int3
     return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps((__mmask16)(bits >> 16), q + 16), _mm512_maskz_loadu_ps((__mmask16)bits, q));
 }
 
-/* The query: [tiles of nv vectors][words][nv][16 heads], absent heads 0. 16 words of 16 heads at a time, transposed by swapping one bit
-   of the head's number with one of the word's, four times (the scatter that it replaces took a percent of the attention). */
+/* The query: [tiles of nv vectors][words][nv][16 heads], absent heads 0. 16 words of 16 heads at a time, transposed (the scatter that it
+   replaces took a percent of the attention). */
 #define DSA__ATTEND_PACK(UNIT, ISA, PER)                                                                                            \
 static ISA void dsa__attend_pack_##UNIT##_avx512(const dsa__attend_shape *s, const float *q, unsigned char *packed)                 \
 {                                                                                                                                   \
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);                                    \
     const int32_t dim = s->dim_latent + s->dim_rope, words = (dim + PER - 1) / PER, groups = (s->n_heads + 15) / 16;                \
-    int32_t v, nv = 0, first = 0, at, bit, i;                                                                                       \
+    int32_t v, nv = 0, first = 0, at, i;                                                                                            \
     for (v = 0; v < groups; v++) {                                                                                                  \
         if (v == first + nv) { first = v; nv = dsa__tile_cut(groups - v); }                                                         \
         for (at = 0; at < words; at += 16) {                                                                                        \
@@ -3387,18 +3512,7 @@ static ISA void dsa__attend_pack_##UNIT##_avx512(const dsa__attend_shape *s, con
                 r[i] = _mm512_setzero_si512();                                                                                      \
                 if (h < s->n_heads) r[i] = dsa__words_##UNIT##_avx512(q + (int64_t)h * dim + at * PER, dim - at * PER);             \
             }                                                                                                                       \
-            for (bit = 1; bit < 16; bit *= 2) {                                                                                     \
-                const __m512i bits = _mm512_set1_epi32(bit), other = _mm512_set1_epi32(16);                                         \
-                const __mmask16 set = _mm512_test_epi32_mask(lane, bits);                                                           \
-                const __m512i lo = _mm512_mask_add_epi32(lane, set, _mm512_sub_epi32(lane, bits), other);                           \
-                const __m512i hi = _mm512_mask_add_epi32(_mm512_add_epi32(lane, bits), set, lane, other);                           \
-                for (i = 0; i < 16; i++) {                                                                                          \
-                    const __m512i x = r[i], y = r[i | bit];                                                                         \
-                    if (i & bit) continue;                                                                                          \
-                    r[i] = _mm512_permutex2var_epi32(x, lo, y);                                                                     \
-                    r[i | bit] = _mm512_permutex2var_epi32(x, hi, y);                                                               \
-                }                                                                                                                   \
-            }                                                                                                                       \
+            dsa__transpose_avx512(r);                                                                                               \
             for (i = 0; i < 16 && at + i < words; i++)                                                                              \
                 _mm512_storeu_si512(packed + ((int64_t)first * words + (int64_t)(at + i) * nv + v - first) * 64, r[i]);             \
         }                                                                                                                           \
@@ -3439,7 +3553,8 @@ static size_t dsa__attend_bytes_unit_avx512(int bf16, const dsa__attend_shape *s
 
 /* Makes rows [j, j + 8) of the block ready for the products, FP8 rows but for what `aside` shall do. */
 static void dsa__attend_rows_avx512(int bf16, const dsa__attend_shape *s, const dsa__attend_how *p, int32_t n,
-                                    const unsigned char *const *rows, int32_t j, unsigned char *expanded, const unsigned char **kv, dsa__attend_aside *aside)
+                                    const unsigned char *const *rows, int32_t j, unsigned char *expanded, const unsigned char **kv,
+                                    dsa__attend_aside *aside)
 {
     int32_t i;
     aside->n_fp8 = aside->dims = 0;

@@ -3240,9 +3240,6 @@ DSA__SCORE_ENTRIES(avx512f, 0)
 DSA__SCORE_ENTRIES(avx512vnni, 1)
 DSA__SCORE_ENTRIES(avx512, 2)
 
-#if defined(__GNUC__) && !defined(__clang__)
-#  pragma GCC diagnostic pop
-#endif
 /* ---- attention (AVX-512) -----------------------------------------------------------------------------------------------------
    A block's two products, logits = rows q^T and out += P V (spec 5), are one tile: 8 broadcast words times up to 3 vectors. A word
    is 4 bytes: one f32, or a pair of bf16 for vdpbf16ps, which adds both products in f32, rounds to even, and takes subnormal

@@ -109,6 +109,7 @@
      dsa_attend_begin      state = (max, sum, out), in your memory
      dsa_attend_add        adds a list, a range or all visible rows          once per cache or pool: windows, shared prefixes
      dsa_attend_finish     out, lse, max logit; sinks enter here             leaves the state as it is unless out is state.out
+     dsa_attend            the three in one                                 one list or range, and nothing to add
      dsa_attend_partial    out and lse of a shard, then dsa_attend_merge     shards on several threads, machines, disks
      dsa_merge_topk        the exact top-k over several shards' lists
      dsa_step              [append] -> score_select -> attend                decode and drafts of a whole ragged batch
@@ -212,7 +213,7 @@
      Indices   Every int32 is allowed in a list; outside [0, len) (DSA_LOGICAL) or [0, n_pages page_size) (DSA_PHYSICAL) it is
                skipped. Duplicates count as often as they appear. PHYSICAL is for lists that came through a block table already.
      Empty row No valid row, or only logits of -inf: out 0, lse +inf, max logit -inf. As a partial: lse -inf, weight 0.
-     Sinks     Enter finish, merge and step only, never lse. -inf changes nothing, +inf gives out 0.
+     Sinks     Enter finish, merge, dsa_attend and step only, never lse. -inf changes nothing, +inf gives out 0.
      Errors    A call that returns an error has changed nothing but `detail`. Append checks capacity, tables and slots of the whole
                batch before the first byte. One format, dims and Hadamard flag per call. NaN and inf in data are no errors.
      Memory    Outputs overlap neither inputs, workspace nor one another. Exception: out of finish and partial may be state.out.
@@ -753,6 +754,10 @@ DSA_API dsa_status dsa_attend_add(const dsa_ctx *ctx, const dsa_attend_args *arg
    Empty row: out 0, lse +inf, max_logit -inf. The state stays as it is, unless out is state->out. */
 DSA_API dsa_status dsa_attend_finish(const dsa_ctx *ctx, const dsa_attend_state *state, const float *sinks,
                                      float *out, float *lse, float *max_logit);
+/* begin, add and finish in one pass, for a single list or range; every thread clears and divides its own heads. Same bits as the three.
+   state->out is the result, max and sum are as add leaves them. */
+DSA_API dsa_status dsa_attend(const dsa_ctx *ctx, const dsa_attend_args *args, const dsa_attend_state *state, const float *sinks,
+                              float *lse, float *max_logit);
 /* Keeps the state as a partial: out normalised, no sink, lse natural, -inf where empty. out may be state->out, which ends the state. */
 DSA_API dsa_status dsa_attend_partial(const dsa_ctx *ctx, const dsa_attend_state *state, float *out, float *lse);
 /* Merges n_parts partials (not results of finish: their empty rows have lse +inf), in this order, up to f32 rounding:
@@ -5142,10 +5147,10 @@ typedef struct dsa__attend_call {
     dsa__attend_task *tasks;                 /* [n_threads] */
     int32_t n_parts;                         /* units per row */
     int64_t n_indices, index_stride;
-    /* begin and finish within the unit, while its rows of out are in the cache: dsa_step and dsa_layer */
-    int fused;
+    int fused;                               /* begin and finish within the unit, while its rows of out are in the cache */
+    int causal;                              /* a list may not see what only a longer chunk has appended already: dsa_step, dsa_layer */
     const float *sinks;
-    float *lse;
+    float *lse, *max_logit;
 } dsa__attend_call;
 
 static dsa_status dsa__state_check(const dsa_ctx *ctx, const dsa_attend_state *state, dsa_attend_state *s)
@@ -5289,10 +5294,8 @@ static void dsa__attend_task_run(void *arg, int32_t task)
         int64_t len = dsa__len(seq, c);
         int32_t n = 0, now;
         shape.n_heads = (int32_t)dsa__min64(shape.n_heads, s->n_heads - head);
-        if (call->fused) {                               /* a list may not see what only a longer chunk has appended already */
-            len = dsa__visible(&cur, seq, c, row);
-            dsa__attend_begin_heads(s, at, shape.n_heads);
-        }
+        if (call->causal) len = dsa__visible(&cur, seq, c, row);
+        if (call->fused) dsa__attend_begin_heads(s, at, shape.n_heads);
         kernels->attend_pack(&shape, a->q + at * (shape.dim_latent + shape.dim_rope), t->packed);
         end = list ? call->n_indices : dsa__visible(&cur, seq, c, row);
         if (list && a->counts) end = dsa__clamp64(a->counts[row], 0, call->n_indices);
@@ -5311,11 +5314,10 @@ static void dsa__attend_task_run(void *arg, int32_t task)
             memmove((void *)t->rows, (const void *)(t->rows + now), (size_t)(n - now) * sizeof *t->rows);
             n -= now;
         }
-        if (call->fused) dsa__attend_finish_heads(s, at, shape.n_heads, call->sinks, s->out, call->lse, NULL);
+        if (call->fused) dsa__attend_finish_heads(s, at, shape.n_heads, call->sinks, s->out, call->lse, call->max_logit);
     }
 }
 
-/* Runs a checked call: dsa_attend_add, or with `fused` begin, add and finish in one. */
 static void dsa__attend_run(dsa__attend_call *call)
 {
     dsa__parallel(call->ctx, call->state.n_rows * call->n_parts, dsa__attend_task_run, call);
@@ -5360,18 +5362,25 @@ DSA_API dsa_status dsa_attend_add(const dsa_ctx *ctx, const dsa_attend_args *a, 
     return st;
 }
 
-/* begin, add and finish of a call whose state nobody else needs: state->out becomes the result. */
-static dsa_status dsa__attend_fused(const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state,
-                                    const float *sinks, float *lse)
+static dsa_status dsa__attend_fused(const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state, int causal,
+                                    const float *sinks, float *lse, float *max_logit)
 {
     dsa__attend_call call;
     dsa_status st = dsa__attend_start(ctx, a, state, &call);
     if (st != DSA_OK) return st;
     call.fused = 1;
+    call.causal = causal;
     call.sinks = sinks;
     call.lse = lse;
+    call.max_logit = max_logit;
     dsa__attend_run(&call);
     return DSA_OK;
+}
+
+DSA_API dsa_status dsa_attend(const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state, const float *sinks,
+                              float *lse, float *max_logit)
+{
+    return dsa__attend_fused(ctx, a, state, 0, sinks, lse, max_logit);
 }
 
 DSA_API dsa_status dsa_attend_finish(const dsa_ctx *ctx, const dsa_attend_state *state, const float *sinks,
@@ -5514,7 +5523,7 @@ DSA_API dsa_status dsa_step(const dsa_ctx *ctx, const dsa_step_args *a)
     DSA__CARVED(st, arena, a->workspace_size);
     if (st == DSA_OK && a->latent) st = dsa_append(ctx, &c.append);
     if (st == DSA_OK) st = dsa_score_select(ctx, &c.score, &c.sel);
-    if (st == DSA_OK) st = dsa__attend_fused(ctx, &c.attend, &c.state, a->sinks, a->lse);
+    if (st == DSA_OK) st = dsa__attend_fused(ctx, &c.attend, &c.state, 1, a->sinks, a->lse, NULL);
     DSA_ASSERT(st == DSA_OK);
     return st;
 }
@@ -5864,7 +5873,7 @@ static dsa_status dsa__layer_tile(const dsa_ctx *ctx, const dsa_layer_args *a, d
     state.max = c->max;
     state.sum = c->sum;
     state.out = c->o_lat;
-    st = dsa__attend_fused(ctx, &attend, &state, NULL, NULL);
+    st = dsa__attend_fused(ctx, &attend, &state, 1, NULL, NULL, NULL);
     if (st != DSA_OK) return st;
     g.x = c->o_lat; g.ldx = H * f->dim_latent; g.head_x = f->dim_latent;
     g.y = c->o; g.ldy = H * f->dim_v; g.head_y = f->dim_v;

@@ -16,7 +16,7 @@ enum { ROWS = 1000, PAGE = 64, PAGES_IN_POOL = 40, BLOCKS = (ROWS + PAGE - 1) / 
        HEADS = 16, LATENT = 512, ROPE = 64, WIDTH = LATENT + ROPE, CHOSEN = 128 };
 
 static float rows[ROWS][WIDTH], q[HEADS][WIDTH];
-static float max[HEADS], sum[HEADS], acc[HEADS][LATENT];        /* the running softmax: the caller's, like all memory */
+static float max[HEADS], sum[HEADS];        /* the running softmax: the caller's, like all memory */
 static float paged_out[HEADS][LATENT], plain_out[HEADS][LATENT];
 static int32_t chosen[CHOSEN];
 static char workspace[1 << 20];
@@ -33,17 +33,15 @@ static void check(dsa_status status)
     exit(EXIT_FAILURE);
 }
 
-/* begin -> add -> finish; a second add over another cache before finish would make a union of both. */
+/* One list, one pass. A union over several caches is begin, an add for each, finish. */
 static void attend(const dsa_ctx *ctx, dsa_cache *cache, float *out)
 {
     dsa_seq seq = { .latent = cache };
-    dsa_attend_state state = { .n_rows = 1, .max = max, .sum = sum, .out = acc[0] };
+    dsa_attend_state state = { .n_rows = 1, .max = max, .sum = sum, .out = out };
     dsa_attend_args args = { .n_seqs = 1, .seqs = &seq, .q = q[0], .what = DSA_ATTEND_LIST,
                              .indices = chosen, .n_indices = CHOSEN,
                              .workspace = workspace, .workspace_size = sizeof workspace };
-    check(dsa_attend_begin(ctx, &state));
-    check(dsa_attend_add(ctx, &args, &state));
-    check(dsa_attend_finish(ctx, &state, NULL, out, NULL, NULL));
+    check(dsa_attend(ctx, &args, &state, NULL, NULL, NULL));
 }
 
 int main(void)

@@ -261,6 +261,7 @@ static inline dsa_attend_state state_of(bag *b, int64_t n_rows, int32_t n_heads,
     s.out = random_floats(b, n_rows * n_heads * dim_v, 3, 1e30f);
     return s;
 }
+static inline int same_value(float a, float b) { return memcmp(&a, &b, sizeof a) == 0 || (a != a && b != b); }
 static inline dsa_status add(bag *b, const dsa_ctx *ctx, dsa_attend_args a, const dsa_attend_state *s)
 {
     size_t bytes = 0;
@@ -270,13 +271,26 @@ static inline dsa_status add(bag *b, const dsa_ctx *ctx, dsa_attend_args a, cons
     a.workspace_size = bytes;
     return dsa_attend_add(ctx, &a, s);
 }
+/* begin, add, finish; and dsa_attend, which must give the same bits: where it does not, the first result becomes NaN and the test fails. */
 static inline dsa_status attend(bag *b, const dsa_ctx *ctx, dsa_attend_args a, int64_t n_rows, int32_t n_heads, int32_t dim_v,
                                 const float *sinks, float *out, float *lse, float *max)
 {
-    dsa_attend_state s = state_of(b, n_rows, n_heads, dim_v);
-    dsa_status st = dsa_attend_begin(ctx, &s);
+    dsa_attend_state s = state_of(b, n_rows, n_heads, dim_v), whole = state_of(b, n_rows, n_heads, dim_v);
+    int64_t n = n_rows * n_heads, i;
+    float *l = random_floats(b, n, 4, 1e30f), *m = random_floats(b, n, 5, 1e30f);
+    size_t bytes = 0;
+    dsa_status st = dsa_attend_begin(ctx, &s), again;
     if (st == DSA_OK) st = add(b, ctx, a, &s);
     if (st == DSA_OK) st = dsa_attend_finish(ctx, &s, sinks, out, lse, max);
+    again = dsa_attend_workspace(ctx, &a, &whole, &bytes);
+    a.workspace = work(b, bytes);
+    a.workspace_size = bytes;
+    if (again == DSA_OK) again = dsa_attend(ctx, &a, &whole, sinks, lse ? l : NULL, max ? m : NULL);
+    for (i = 0; st == DSA_OK && i < n; i++) {
+        if (again != DSA_OK || !same_value(s.max[i], whole.max[i]) || !same_value(s.sum[i], whole.sum[i])) out[i * dim_v] = NAN;
+        if ((lse && !same_value(lse[i], l[i])) || (max && !same_value(max[i], m[i]))) out[i * dim_v] = NAN;
+    }
+    for (i = 0; st == DSA_OK && i < n * dim_v; i++) if (!same_value(out[i], whole.out[i])) out[i] = NAN;
     return st;
 }
 static inline dsa_status score_select(bag *b, const dsa_ctx *ctx, dsa_score_args a, const dsa_selection *out)

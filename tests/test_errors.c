@@ -423,6 +423,12 @@ TEST bad_attention(void)
     REFUSES(DSA_ERR_SHAPE, in.attend.index_stride = K - 1, ADD);
     REFUSES(DSA_ERR_SHAPE, in.state.n_rows = ROWS + 1, ADD);
     REFUSES(DSA_ERR_SHAPE, in.state.dim_v = W + 1, ADD);
+#define WHOLE dsa_attend(&ctx, &in.attend, &in.state, NULL, now.lse, now.max)
+    REFUSES(DSA_ERR_NULL, (void)0, dsa_attend(&ctx, NULL, &in.state, NULL, now.lse, now.max));
+    REFUSES(DSA_ERR_NULL, (void)0, dsa_attend(&ctx, &in.attend, NULL, NULL, now.lse, now.max));
+    REFUSES(DSA_ERR_NULL, in.attend.q = NULL, WHOLE);
+    REFUSES(DSA_ERR_NULL, in.state.max = NULL, WHOLE);
+    REFUSES(DSA_ERR_WORKSPACE, in.attend.workspace_size = 10, WHOLE);
     REFUSES(DSA_ERR_NULL, (void)0, dsa_attend_workspace(&ctx, &in.attend, &in.state, NULL));
     REFUSES(DSA_ERR_NULL, (void)0, dsa_attend_finish(&ctx, &in.state, NULL, NULL, now.lse, now.max));
     REFUSES(DSA_ERR_NULL, (void)0, dsa_attend_finish(&ctx, NULL, NULL, now.out, now.lse, now.max));

@@ -424,9 +424,7 @@ static void run_attend(bench *b, void *state, int64_t turn)
 {
     attend_state *s = (attend_state *)state;
     attend_turn(s, turn);
-    must(&b->ctx, dsa_attend_begin(&b->ctx, &s->sum), "dsa_attend_begin");
-    must(&b->ctx, dsa_attend_add(&b->ctx, &s->args, &s->sum), "dsa_attend_add");
-    must(&b->ctx, dsa_attend_finish(&b->ctx, &s->sum, NULL, s->sum.out, NULL, NULL), "dsa_attend_finish");
+    must(&b->ctx, dsa_attend(&b->ctx, &s->args, &s->sum, NULL, NULL, NULL), "dsa_attend");
 }
 static void check_attend(bench *b, void *state)
 {

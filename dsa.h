@@ -885,6 +885,9 @@ DSA_API void       dsa_pool_run(void *pool, int32_t n_tasks, dsa_task task, void
 #elif !defined(DSA_NO_SIMD) && defined(__GNUC__) && defined(__aarch64__) && defined(__ARM_NEON) && !defined(__ARM_BIG_ENDIAN)
 #  define DSA__ARM
 #  include <arm_neon.h>
+#  if defined(__linux__)
+#    include <sys/auxv.h>
+#  endif
 #endif
 #ifndef DSA_ASSERT
 #  define DSA_ASSERT(x) ((void)0)      /* internal invariants only; arguments are checked with or without it */
@@ -2110,9 +2113,10 @@ DSA__F32X8_INLINE void dsa__tile8(int how, int32_t rows, int32_t depth, const fl
 
 /* int8 keys stay whole numbers: int16 pairs, which vpmaddwd multiplies and adds to int32, 16 products where an fma does 8. The tile
    takes 0.67 of the f32 tile's time, and 1024 x 128 x 127 < 2^24 makes every sum an exact f32. n values, y has room for 15 more. */
-#define DSA__INT16
-static DSA__F32X8 void dsa__widen_int16(int32_t n, const unsigned char *x, int16_t *y)
+#define DSA__INT8_DIMS 2                     /* dims of a key in 4 bytes */
+static DSA__F32X8 void dsa__keep_int8(int32_t n, const unsigned char *x, void *out)
 {
+    int16_t *y = (int16_t *)out;
     unsigned char tail[16] = {0};
     int32_t i;
     for (i = 0; i + 16 <= n; i += 16)
@@ -2122,13 +2126,16 @@ static DSA__F32X8 void dsa__widen_int16(int32_t n, const unsigned char *x, int16
     _mm256_storeu_si256((__m256i *)(void *)(y + i), _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)tail)));
 }
 
-/* DSA__TILE_FOLD over `pairs` pairs of dims: a rows of int16, b [pairs][16][2]. No masks: an absent head's product is 0. The empty asm
-   keeps gcc 12 from gathering all multiplies before the additions, for which the registers do not suffice: 1.11 instead of 0.67. */
-static DSA__F32X8 void dsa__tile_fold_int16(int32_t rows, int32_t pairs, const int16_t *a, int64_t lda, const int16_t *b, const float *w,
-                                            float *y)
+/* DSA__TILE_FOLD over `pairs` pairs of dims: keys of int16, ldk times 4 bytes apart, q [pairs][16 heads][2]. No masks: an absent head's
+   product is 0. The empty asm keeps gcc 12 from gathering all multiplies before the additions, for which the registers do not suffice:
+   1.11 instead of 0.67. */
+static DSA__F32X8 void dsa__tile_fold_int8(int32_t rows, int32_t pairs, const float *keys, int64_t ldk, const void *q, const float *w,
+                                           float *y)
 {
-    const int16_t *a0 = a, *a1 = rows > 1 ? a0 + lda : a0, *a2 = rows > 2 ? a1 + lda : a1;
-    const int16_t *a3 = rows > 3 ? a2 + lda : a2, *a4 = rows > 4 ? a3 + lda : a3, *a5 = rows > 5 ? a4 + lda : a4;
+    const int64_t lda = 2 * ldk;
+    const int16_t *b = (const int16_t *)q, *a0 = (const int16_t *)(const void *)keys, *a1 = rows > 1 ? a0 + lda : a0;
+    const int16_t *a2 = rows > 2 ? a1 + lda : a1, *a3 = rows > 3 ? a2 + lda : a2, *a4 = rows > 4 ? a3 + lda : a3;
+    const int16_t *a5 = rows > 5 ? a4 + lda : a4;
     const __m256 w0 = _mm256_loadu_ps(w), w1 = _mm256_loadu_ps(w + 8), zero = _mm256_setzero_ps();
     __m256i c0, c1, c2, c3, c4, c5, d0, d1, d2, d3, d4, d5, b0, b1, x;
     __m256 v;
@@ -2157,8 +2164,8 @@ static DSA__F32X8 void dsa__tile_fold_int16(int32_t rows, int32_t pairs, const i
 /* ============================================================================================
    >>neon                                     eight f32 lanes of AArch64, for >>f32x8
    ============================================================================================
-   Baseline AArch64, little endian: nothing to ask the CPU. Written for 32 registers of 128 bits and run only in an emulator so
-   far: the tile's shape follows from the register and latency counts, it has not been timed. */
+   Baseline AArch64, little endian, and the dot-product extension for int8 keys where the CPU has it. Written for 32 registers of
+   128 bits and run only in an emulator so far: the tile's shape follows from the register and latency counts, it has not been timed. */
 #ifdef DSA__ARM
 #define DSA__F32X8
 #define DSA__F32X8_INLINE static inline __attribute__((always_inline))
@@ -2316,6 +2323,55 @@ DSA__F32X8_INLINE void dsa__tile8(int how, int32_t rows, int32_t depth, const fl
     dsa__store8(y2, c2); dsa__store8(y2 + 8, d2);
     dsa__store8(y3, c3); dsa__store8(y3 + 8, d3);
 }
+
+/* With the dot-product extension int8 keys stay whole: sdot adds four products to each of four int32, where an fma does four in all,
+   and the sums are exact. Assembler, for clang's header hides the intrinsic from a function that brings its own target. Its
+   shape follows from the registers, too: 16 sums, 4 keys, 4 vectors of the query. */
+#define DSA__INT8_DIMS 4                     /* dims of a key in 4 bytes */
+static void dsa__keep_int8(int32_t n, const unsigned char *x, void *y)
+{
+    memcpy(y, x, (size_t)n);
+    memset((unsigned char *)y + n, 0, (size_t)(-n & 15));
+}
+
+#if defined(__clang__)
+#  define DSA__DOT __attribute__((target("dotprod")))
+#else
+#  define DSA__DOT __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
+#define DSA__SDOT(c, q, k, lane) __asm__("sdot %0.4s, %1.16b, %2.4b[" #lane "]" : "+w"(c) : "w"(q), "w"(k));
+
+/* DSA__TILE_FOLD over `words` words of 4 dims, a multiple of 4: keys of int8, ldk times 4 bytes apart, q [words][16 heads][4]. No masks:
+   an absent head's product is 0. */
+static DSA__DOT void dsa__tile_fold_int8(int32_t rows, int32_t words, const float *keys, int64_t ldk, const void *q, const float *w,
+                                         float *y)
+{
+    const int64_t lda = 4 * ldk;
+    const int8_t *b = (const int8_t *)q, *a0 = (const int8_t *)(const void *)keys, *a1 = rows > 1 ? a0 + lda : a0;
+    const int8_t *a2 = rows > 2 ? a1 + lda : a1, *a3 = rows > 3 ? a2 + lda : a2;
+    const dsa__f32x8 zero = dsa__set8(0.0f), w0 = dsa__load8(w), w1 = dsa__load8(w + 8);
+    int32x4_t c0[4], c1[4], c2[4], c3[4];
+    int32_t i, v;
+    DSA__UNROLL for (v = 0; v < 4; v++) c0[v] = c1[v] = c2[v] = c3[v] = vdupq_n_s32(0);
+    for (i = 0; i < 4 * words; i += 16) {
+        const int8x16_t x0 = vld1q_s8(a0 + i), x1 = vld1q_s8(a1 + i), x2 = vld1q_s8(a2 + i), x3 = vld1q_s8(a3 + i);
+#define DSA__STEP(lane) \
+        DSA__UNROLL for (v = 0; v < 4; v++, b += 16) { \
+            const int8x16_t x = vld1q_s8(b); \
+            DSA__SDOT(c0[v], x, x0, lane) DSA__SDOT(c1[v], x, x1, lane) DSA__SDOT(c2[v], x, x2, lane) DSA__SDOT(c3[v], x, x3, lane) \
+        }
+        DSA__STEP(0) DSA__STEP(1) DSA__STEP(2) DSA__STEP(3)
+#undef DSA__STEP
+    }
+#define DSA__ROW(r) { \
+        dsa__f32x8 d = dsa__pair8(vcvtq_f32_s32(c##r[0]), vcvtq_f32_s32(c##r[1])); \
+        dsa__f32x8 e = dsa__pair8(vcvtq_f32_s32(c##r[2]), vcvtq_f32_s32(c##r[3])); \
+        d = dsa__fma8(w0, dsa__max8(zero, d), dsa__load8(y + 8 * r)); \
+        dsa__store8(y + 8 * r, dsa__fma8(w1, dsa__max8(zero, e), d)); }
+    DSA__ROW(0) DSA__ROW(1) DSA__ROW(2) DSA__ROW(3)
+#undef DSA__ROW
+}
+#undef DSA__SDOT
 #endif
 
 /* ============================================================================================
@@ -2416,40 +2472,41 @@ static DSA__F32X8 void dsa__tile_add_f32x8(int32_t rows, int32_t depth, const fl
     dsa__tile8(DSA__TILE_ADD, rows, depth, a, lda, b, ldb, y, ldy, keep);
 }
 
-/* Vectors of 16 heads that a query takes: one per dim, or per pair of dims where int8 stays whole. */
-static int32_t dsa__steps_f32x8(dsa_type format, int32_t dim)
+/* Vectors of 16 heads that a query takes: one per dim, or per 4 bytes of a key where int8 stays whole (`whole`, a constant in every
+   use). */
+static int32_t dsa__steps_f32x8(int whole, dsa_type format, int32_t dim)
 {
-#ifdef DSA__INT16
-    if (format == DSA_INT8) return (dim + 1) / 2;
-#endif
-    (void)format;
-    return dim;
+    return whole && format == DSA_INT8 ? (int32_t)dsa__round_up(dim, 16) / DSA__INT8_DIMS : dim;
 }
 
 /* A prepared query of the indexer, per group of 16 heads: q [steps][16], w [16], and a mask [16] that is all ones for a head that is
    there. An absent head's product with a key of infinities would be NaN. */
-static size_t dsa__query_bytes_f32x8(dsa_type format, int32_t n_heads, int32_t dim)
+static size_t dsa__query_bytes_any_f32x8(int whole, dsa_type format, int32_t n_heads, int32_t dim)
 {
-    return sizeof(float) * (size_t)dsa__round_up(n_heads, DSA__COLS) * ((size_t)dsa__steps_f32x8(format, dim) + 2);
+    return sizeof(float) * (size_t)dsa__round_up(n_heads, DSA__COLS) * ((size_t)dsa__steps_f32x8(whole, format, dim) + 2);
 }
 
-static void dsa__query_pack_f32x8(dsa_type format, int32_t n_heads, int32_t dim, const float *q, const float *w, void *packed)
+static void dsa__query_pack_any_f32x8(int whole, dsa_type format, int32_t n_heads, int32_t dim, const float *q, const float *w,
+                                      void *packed)
 {
-    const int32_t steps = dsa__steps_f32x8(format, dim);
+    const int32_t steps = dsa__steps_f32x8(whole, format, dim);
     const int64_t stride = ((int64_t)steps + 2) * DSA__COLS;
     const uint32_t ones = 0xFFFFFFFFu;
     int32_t h;
-    memset(packed, 0, dsa__query_bytes_f32x8(format, n_heads, dim));
-#ifdef DSA__INT16
-    if (format == DSA_INT8) {
-        int16_t *lane = (int16_t *)packed;
+    memset(packed, 0, dsa__query_bytes_any_f32x8(whole, format, n_heads, dim));
+    if (whole && format == DSA_INT8) {
+        const int32_t per = DSA__INT8_DIMS;
         int32_t d;
         for (h = 0; h < n_heads; h++)
-            for (d = 0; d < dim; d++)
-                lane[h / DSA__COLS * stride * 2 + (d / 2 * DSA__COLS + h % DSA__COLS) * 2 + d % 2] = (int16_t)q[(int64_t)h * dim + d];
-    } else
-#endif
-    dsa__pack_f32x8(n_heads, dim, q, (float *)packed, stride);
+            for (d = 0; d < dim; d++) {
+                const int64_t at = (h / DSA__COLS * stride + d / per * DSA__COLS + h % DSA__COLS) * per + d % per;
+                const int32_t x = (int32_t)q[(int64_t)h * dim + d];
+                if (per == 2) ((int16_t *)packed)[at] = (int16_t)x;
+                else          ((int8_t *)packed)[at] = (int8_t)x;
+            }
+    } else {
+        dsa__pack_f32x8(n_heads, dim, q, (float *)packed, stride);
+    }
     for (h = 0; h < n_heads; h++) {
         float *group = (float *)packed + h / DSA__COLS * stride, *tail = group + (int64_t)steps * DSA__COLS + h % DSA__COLS;
         tail[0] = w[h];
@@ -2466,11 +2523,12 @@ static size_t dsa__score_bytes_f32x8(dsa_type format, int32_t n_heads, int32_t d
 
 /* Head h of a group goes into sum h % 8 of its key, groups ascending; the eight are added as a tree at the end. The keys of the
    next round are prefetched tile by tile; after the last ones given, those that would follow in memory: most often they come next. */
-static DSA__F32X8 void dsa__score_f32x8(dsa_type format, int32_t n_heads, int32_t dim, int32_t n_q, const void *const *queries, int32_t n,
-                                        const unsigned char *const *rows, const float *scales, float *I, int64_t ldi, void *scratch)
+DSA__F32X8_INLINE void dsa__score_any_f32x8(int whole, dsa_type format, int32_t n_heads, int32_t dim, int32_t n_q,
+                                            const void *const *queries, int32_t n, const unsigned char *const *rows,
+                                            const float *scales, float *I, int64_t ldi, void *scratch)
 {
     const int64_t ldk = dsa__round_up(dim, 16);
-    const int32_t steps = dsa__steps_f32x8(format, dim);
+    const int32_t steps = dsa__steps_f32x8(whole, format, dim);
     const uintptr_t bytes = (uintptr_t)(dim * (format == DSA_F32 ? 4 : (format == DSA_BF16 ? 2 : 1)));
     float *k = (float *)scratch, *sums = k + DSA__WIDE_KEYS * ldk, s8[8];
     int32_t at, m, t, h, j, i;
@@ -2480,10 +2538,8 @@ static DSA__F32X8 void dsa__score_f32x8(dsa_type format, int32_t n_heads, int32_
         next = at + m;
         n_tiles = (m + DSA__TILE_ROWS - 1) / DSA__TILE_ROWS * ((n_heads + DSA__COLS - 1) / DSA__COLS);
         for (j = 0; j < m; j++)
-#ifdef DSA__INT16
-            if (format == DSA_INT8) dsa__widen_int16(dim, rows[at + j], (int16_t *)(void *)k + j * ldk); else
-#endif
-            dsa__widen_f32x8(format, dim, rows[at + j], 1.0f, k + j * ldk);
+            if (whole && format == DSA_INT8) dsa__keep_int8(dim, rows[at + j], k + j * ldk);
+            else dsa__widen_f32x8(format, dim, rows[at + j], 1.0f, k + j * ldk);
         for (t = 0; t < n_q; t++) {
             const float *q = (const float *)queries[t];
             for (j = 0; j < DSA__WIDE_KEYS; j++) dsa__store8(sums + 8 * j, dsa__set8(0.0f));
@@ -2492,13 +2548,11 @@ static DSA__F32X8 void dsa__score_f32x8(dsa_type format, int32_t n_heads, int32_
                     for (due += t == 0 ? m : 0; due >= n_tiles; due -= n_tiles, next++)
                         dsa__prefetch_f32x8((uintptr_t)rows[dsa__min32(next, n - 1)] + (uintptr_t)dsa__max64(next - n + 1, 0) * bytes,
                                             (int32_t)bytes);
-#ifdef DSA__INT16
-                    if (format == DSA_INT8)
-                        dsa__tile_fold_int16(dsa__min32(DSA__TILE_ROWS, m - j), steps, (const int16_t *)(const void *)k + j * ldk, ldk,
-                                             (const int16_t *)(const void *)q, q + steps * DSA__COLS, sums + 8 * j);
+                    i = dsa__min32(DSA__TILE_ROWS, m - j);
+                    if (whole && format == DSA_INT8)
+                        dsa__tile_fold_int8(i, steps, k + j * ldk, ldk, q, q + steps * DSA__COLS, sums + 8 * j);
                     else
-#endif
-                    dsa__tile_fold_f32x8(dsa__min32(DSA__TILE_ROWS, m - j), dim, k + j * ldk, ldk, q, q + steps * DSA__COLS, sums + 8 * j);
+                        dsa__tile_fold_f32x8(i, dim, k + j * ldk, ldk, q, q + steps * DSA__COLS, sums + 8 * j);
                 }
             for (j = 0; j < m; j += 8) {
                 dsa__store8(s8, dsa__sums8(sums + 8 * j));
@@ -2507,6 +2561,28 @@ static DSA__F32X8 void dsa__score_f32x8(dsa_type format, int32_t n_heads, int32_
         }
     }
 }
+
+#define DSA__SCORE_ENTRIES_F32X8(SUFFIX, WHOLE)                                                                                     \
+static size_t dsa__query_bytes_##SUFFIX(dsa_type format, int32_t n_heads, int32_t dim)                                              \
+{                                                                                                                                   \
+    return dsa__query_bytes_any_f32x8(WHOLE, format, n_heads, dim);                                                                 \
+}                                                                                                                                   \
+static void dsa__query_pack_##SUFFIX(dsa_type format, int32_t n_heads, int32_t dim, const float *q, const float *w, void *packed)   \
+{                                                                                                                                   \
+    dsa__query_pack_any_f32x8(WHOLE, format, n_heads, dim, q, w, packed);                                                           \
+}                                                                                                                                   \
+static DSA__F32X8 void dsa__score_##SUFFIX(dsa_type format, int32_t n_heads, int32_t dim, int32_t n_q, const void *const *queries,  \
+                                           int32_t n, const unsigned char *const *rows, const float *scales, float *I, int64_t ldi, \
+                                           void *scratch)                                                                           \
+{                                                                                                                                   \
+    dsa__score_any_f32x8(WHOLE, format, n_heads, dim, n_q, queries, n, rows, scales, I, ldi, scratch);                              \
+}
+#if defined(DSA__X86)
+DSA__SCORE_ENTRIES_F32X8(avx2, 1)
+#else
+DSA__SCORE_ENTRIES_F32X8(neon, 0)
+DSA__SCORE_ENTRIES_F32X8(neon_dot, 1)
+#endif
 
 static size_t dsa__attend_query_bytes_f32x8(const dsa__attend_shape *s)
 {
@@ -3756,17 +3832,37 @@ static const dsa__kernels dsa__kernels_ref = {
 #ifdef DSA__ARM
 static const dsa__kernels dsa__kernels_neon = {
     DSA_ISA_NEON,
-    dsa__query_round_f32x8, dsa__query_bytes_f32x8, dsa__query_pack_f32x8, dsa__score_bytes_f32x8, dsa__score_f32x8,
+    dsa__query_round_f32x8, dsa__query_bytes_neon, dsa__query_pack_neon, dsa__score_bytes_f32x8, dsa__score_neon,
     dsa__attend_query_bytes_f32x8, dsa__attend_pack_f32x8, dsa__attend_bytes_f32x8, dsa__attend_f32x8,
     dsa__ref_dots, dsa__ref_axpys,
     dsa__ref_filter, dsa__ref_count, dsa__ref_keep
 };
+
+static const dsa__kernels dsa__kernels_neon_dot = {
+    DSA_ISA_NEON,
+    dsa__query_round_f32x8, dsa__query_bytes_neon_dot, dsa__query_pack_neon_dot, dsa__score_bytes_f32x8, dsa__score_neon_dot,
+    dsa__attend_query_bytes_f32x8, dsa__attend_pack_f32x8, dsa__attend_bytes_f32x8, dsa__attend_f32x8,
+    dsa__ref_dots, dsa__ref_axpys,
+    dsa__ref_filter, dsa__ref_count, dsa__ref_keep
+};
+
+/* The system says it, or the compiler was told. */
+static int dsa__has_dot(void)
+{
+#if defined(__ARM_FEATURE_DOTPROD)
+    return 1;
+#elif defined(__linux__)
+    return (int)(getauxval(AT_HWCAP) >> 20 & 1);
+#else
+    return 0;
+#endif
+}
 #endif
 
 #ifdef DSA__X86
 static const dsa__kernels dsa__kernels_avx2 = {
     DSA_ISA_AVX2,
-    dsa__query_round_f32x8, dsa__query_bytes_f32x8, dsa__query_pack_f32x8, dsa__score_bytes_f32x8, dsa__score_f32x8,
+    dsa__query_round_f32x8, dsa__query_bytes_avx2, dsa__query_pack_avx2, dsa__score_bytes_f32x8, dsa__score_avx2,
     dsa__attend_query_bytes_f32x8, dsa__attend_pack_f32x8, dsa__attend_bytes_f32x8, dsa__attend_f32x8,
     dsa__ref_dots, dsa__ref_axpys,
     dsa__filter_avx2, dsa__count_avx2, dsa__keep_avx2
@@ -3833,7 +3929,7 @@ static const dsa__kernels *dsa__kernels_for(dsa_isa isa)
     if ((has & DSA__HAS_AVX2) && (isa == DSA_ISA_AUTO || isa == DSA_ISA_AVX2)) return &dsa__kernels_avx2;
 #endif
 #ifdef DSA__ARM
-    if (isa == DSA_ISA_AUTO || isa == DSA_ISA_NEON) return &dsa__kernels_neon;
+    if (isa == DSA_ISA_AUTO || isa == DSA_ISA_NEON) return dsa__has_dot() ? &dsa__kernels_neon_dot : &dsa__kernels_neon;
 #endif
     if (isa == DSA_ISA_AUTO || isa == DSA_ISA_SCALAR) return &dsa__kernels_ref;
     return NULL;

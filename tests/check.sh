@@ -130,7 +130,8 @@ on_32_bits() {
 }
 
 on_aarch64() {
-    build_tests $OUT/test_arm64 aarch64-linux-gnu-gcc -O2 -static && qemu-aarch64 $OUT/test_arm64
+    build_tests $OUT/test_arm64 aarch64-linux-gnu-gcc -O2 -static && qemu-aarch64 $OUT/test_arm64 &&
+        qemu-aarch64 -cpu cortex-a53 $OUT/test_arm64 -s score               # a CPU without the dot-product extension
 }
 
 fuzzed() {

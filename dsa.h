@@ -49,6 +49,7 @@
      >>attend       4. attention over what was selected, as an accumulator
      >>step         append, score, select and attend in one call
      >>layer        5. one attention layer, hidden states in and out
+     >>backward     6. gradients of the attention, the indexer and the layer
      >>end          of the implementation
      >>revisions    what changed, and the licence */
 
@@ -843,6 +844,94 @@ DSA_API dsa_status dsa_layer_workspace(const dsa_ctx *ctx, const dsa_layer_args 
 DSA_API dsa_status dsa_layer(const dsa_ctx *ctx, const dsa_layer_args *args);
 #define DSA_LAYER_TILE 32
 
+/* ---- 6. backward -------------------------------------------------------------------------- */
+/* d_x is the derivative of one scalar loss by x: f32, x's shape. Every d_ array that a call puts out is added to (clear it first),
+   so parts, chunks and micro-batches sum up; NULL where it is not wanted. The manual's chapter BACKWARD has the formulas.
+   Hadamard is its own backward; that of dsa_rope_rows is the same call with inverse turned round. */
+/* x is the input of the norm, all rows `stride` floats apart; d_x is not d_y. ERR_NULL, ERR_SHAPE. */
+DSA_API dsa_status dsa_rms_norm_backward(const float *x, const float *d_y, int64_t n_rows, int64_t stride, int32_t dim, const float *gain,
+                                         float eps, float *d_x, float *d_gain);
+DSA_API dsa_status dsa_layer_norm_backward(const float *x, const float *d_y, int64_t n_rows, int64_t stride, int32_t dim, const float *gain,
+                                           float eps, float *d_x, float *d_gain, float *d_bias);
+
+/* A projection y = x W^T and its backward d_x += d_y W, d_w += d_y^T x, by the context's kernels and threads: what a layer is made
+   of, and an engine's MLP and head as well. Rows are tight. */
+typedef struct dsa_linear_args {
+    int64_t n_rows;
+    int32_t dim_in, dim_out;
+    dsa_tensor w;                /* [dim_out, dim_in] */
+    const float *x;              /* [n_rows, dim_in]; backward: for d_w only */
+    float *y;                    /* [n_rows, dim_out]  forward: the result */
+    const float *d_y;            /* [n_rows, dim_out]  backward */
+    float *d_x;                  /* optional [n_rows, dim_in] */
+    float *d_w;                  /* optional [dim_out, dim_in] */
+    void *workspace;
+    size_t workspace_size;
+} dsa_linear_args;
+DSA_API dsa_status dsa_linear_workspace(const dsa_ctx *ctx, const dsa_linear_args *args, size_t *bytes);
+DSA_API dsa_status dsa_linear(const dsa_ctx *ctx, const dsa_linear_args *args);
+DSA_API dsa_status dsa_linear_backward(const dsa_ctx *ctx, const dsa_linear_args *args);
+
+/* Backward of attention over lists or ranges. For a union call it once per part, each time with the out and lse of the whole.
+   Rounding of q and P (BF16 and FP8 latents) is passed straight through. */
+typedef struct dsa_attend_backward_args {
+    dsa_attend_args attend;      /* as given to dsa_attend_add, with this call's workspace. LOGICAL lists only */
+    const float *out;            /* [rows, H, R]  from finish, after sinks */
+    const float *lse;            /* [rows, H]     from finish: natural, without the sink, +inf where empty */
+    const float *sinks;          /* optional [H] */
+    const float *d_out;          /* [rows, H, R]; NULL: only target is wanted, out may be NULL, too */
+    float *d_q;                  /* optional [rows, H, R + r] */
+    float *const *d_latent;      /* optional [n_seqs]: of each sequence's rows, [len, R + r]; sequences that share rows may share it */
+    float *d_sinks;              /* optional [H] */
+    float *target;               /* optional [rows, target_stride], written: p = Sum_h P / Sum_s Sum_h P, the indexer's target (spec 8.2).
+                                    Column: the entry of the list, or the position; 0 elsewhere */
+    int64_t target_stride;       /* floats; at least n_indices (LIST), or the longest len */
+} dsa_attend_backward_args;
+DSA_API dsa_status dsa_attend_backward_workspace(const dsa_ctx *ctx, const dsa_attend_backward_args *args, size_t *bytes);
+DSA_API dsa_status dsa_attend_backward(const dsa_ctx *ctx, const dsa_attend_backward_args *args);
+
+/* Backward of the index scores I[t,s], s in the set S_t, either from their derivatives or from the indexer's loss
+       KL_t = Sum_s p_s (ln p_s - ln sigma_s)     sigma = softmax of I over S_t     dI = weight (sigma - p), exactly
+   S_t = all visible rows is the warm-up's loss, S_t = the selected list the sparse stage's (spec 8.1). A row whose target is all 0
+   has no loss. */
+typedef struct dsa_index_backward_args {
+    dsa_attend_args set;         /* S_t, said as for attention: n_seqs, seqs (their index caches), what, indices.., ks, ke, and this
+                                    call's workspace; its q and scale are not read. LOGICAL lists only */
+    const float *q, *w;          /* [rows, HI, D], [rows, HI]: as in dsa_score_args. Rounding to the keys' format is passed straight
+                                    through */
+    const float *d_scores;       /* either dI [rows, stride] */
+    const float *target;         /* or p [rows, stride], whose rows sum to 1 or are 0: from dsa_attend_backward, columns as there */
+    int64_t stride;              /* floats */
+    float weight;                /* of one row's loss in the whole, say 1 / rows */
+    float *loss;                 /* optional [rows], written: KL_t, not weighted */
+    float *d_q, *d_w;            /* optional [rows, HI, D], [rows, HI] */
+    float *const *d_key;         /* optional [n_seqs]: of each sequence's keys before Hadamard, [len, D] */
+} dsa_index_backward_args;
+DSA_API dsa_status dsa_index_backward_workspace(const dsa_ctx *ctx, const dsa_index_backward_args *args, size_t *bytes);
+DSA_API dsa_status dsa_index_backward(const dsa_ctx *ctx, const dsa_index_backward_args *args);
+
+/* Gradients of dsa_layer_weights: f32, row-major whatever the weight's own type, each optional (frozen). */
+typedef struct dsa_layer_grads {
+    float *q_a, *q_a_norm, *q_b, *kv_a, *kv_a_norm, *kv_b, *o;                         /* from d_y */
+    float *index_q_b, *index_k, *index_k_norm, *index_k_bias, *index_w;               /* from the indexer's loss */
+} dsa_layer_grads;
+
+/* Backward of dsa_layer, by the recipe: the indexer learns only from its loss, whose target and inputs (x, qr, the attention) are
+   constants to it; everything else only from d_y. Nothing is saved between the two calls but the caches and the lists: the rest is
+   computed again from x. Rows that lay in the caches before the call's own are constants. */
+typedef struct dsa_layer_backward_args {
+    dsa_layer_args layer;        /* as given to dsa_layer, which has run: the caches end with its rows (seqs[].len is 0 here, too). SPARSE:
+                                    indices_in = the lists that it used. y, indices_out: not read. This call's workspace, which grows
+                                    with the lengths of the sequences */
+    const float *d_y;            /* [rows, hidden]; NULL: the main model is frozen, as in the warm-up */
+    float *d_x;                  /* optional [rows, hidden] */
+    const dsa_layer_grads *grads;
+    float index_weight;          /* of one row's KL in the loss; 0: no indexer loss. S_t is what the mode attends over */
+    float *index_loss;           /* optional [rows], written: KL_t (0 without an indexer) */
+} dsa_layer_backward_args;
+DSA_API dsa_status dsa_layer_backward_workspace(const dsa_ctx *ctx, const dsa_layer_backward_args *args, size_t *bytes);
+DSA_API dsa_status dsa_layer_backward(const dsa_ctx *ctx, const dsa_layer_backward_args *args);
+
 /* ---- threads ------------------------------------------------------------------------------ */
 #ifndef DSA_NO_THREADS
 /* A small pool: n_threads - 1 workers plus the caller. config.parallel_for = dsa_pool_run, parallel_user = the pool,
@@ -1591,6 +1680,57 @@ static void dsa__ref_attend(const dsa__attend_shape *s, const void *packed, int3
     }
 }
 
+/* ---- the backward pass's own ----------------------------------------------------------------- */
+/* c[i][j] = c[i][j] + Sum_k a[i][k] b[k][j], k = 0, 1, 2, ..: the one product of >>backward. a has a stride for each index, so that its
+   transpose is the same call. Every c[i][j] sees the same operations wherever it lies and however depth is cut. */
+static void dsa__ref_madd(int64_t m, int64_t n, int64_t depth, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t ldb,
+                          float *c, int64_t ldc)
+{
+    int64_t i, j, k;
+    for (i = 0; i < m; i++)
+        for (k = 0; k < depth; k++) {
+            const float x = a[i * a_row + k * a_col], *DSA__RESTRICT bk = b + k * ldb;
+            float *DSA__RESTRICT ci = c + i * ldc;
+            for (j = 0; j < n; j++) ci[j] += x * bk[j];
+        }
+}
+
+/* The softmax of n keys for `lanes` heads side by side, from its saved L = ln Sum e^x, and its derivative (spec 8.4):
+       P = e^(scale x - L)        dS = scale P (dP - delta)
+   x [n][ld] becomes P, dp [n][ld] (or NULL) becomes dS. L, delta [lanes]. Rounding may lift an exponent above 0, never by much. */
+static void dsa__ref_weights(int32_t n, int32_t lanes, float scale, const float *L, const float *delta, float *x, float *dp, int64_t ld)
+{
+    int32_t j, h;
+    for (j = 0; j < n; j++)
+        for (h = 0; h < lanes; h++) {
+            float e = x[j * ld + h] * scale - L[h], p = dsa__exp(e > 0.0f ? 0.0f : e);
+            x[j * ld + h] = p;
+            if (dp) dp[j * ld + h] = scale * p * (dp[j * ld + h] - delta[h]);
+        }
+}
+
+/* I[j] = Sum_h w[h] ReLU(d[j][h])      d [n][ld], h < lanes */
+static void dsa__ref_fold(int32_t n, int32_t lanes, const float *w, const float *d, int64_t ld, float *I)
+{
+    int32_t j, h;
+    for (j = 0; j < n; j++) {
+        I[j] = 0.0f;
+        for (h = 0; h < lanes; h++) I[j] += w[h] * (d[j * ld + h] < 0.0f ? 0.0f : d[j * ld + h]);
+    }
+}
+
+/* Its backward, for g = dI (spec 8.3); ReLU' = 0 at 0:   dw[h] += Sum_j g[j] ReLU(d[j][h])      d[j][h] becomes g[j] w[h] ReLU'(d[j][h]) */
+static void dsa__ref_unfold(int32_t n, int32_t lanes, const float *w, const float *g, float *d, int64_t ld, float *dw)
+{
+    int32_t j, h;
+    for (j = 0; j < n; j++)
+        for (h = 0; h < lanes; h++) {
+            float x = d[j * ld + h];
+            dw[h] += g[j] * (x > 0.0f ? x : 0.0f);
+            d[j * ld + h] = x > 0.0f ? g[j] * w[h] : 0.0f;
+        }
+}
+
 /* ============================================================================================
    >>kernels                                  what a vector ISA may replace
    ============================================================================================
@@ -1615,6 +1755,12 @@ typedef struct dsa__kernels {
     /* projections */
     void (*dots)(int32_t n, int32_t dim, const float *a, int64_t lda, const float *bt, float *c);
     void (*axpys)(int32_t n, int32_t dim, const float *p, int64_t ldp, const float *x, int64_t ldx, float *DSA__RESTRICT y);
+    /* the backward pass: dsa__ref_madd and what follows it. lanes are multiples of 8 */
+    void (*madd)(int64_t m, int64_t n, int64_t depth, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t ldb,
+                 float *c, int64_t ldc);
+    void (*weights)(int32_t n, int32_t lanes, float scale, const float *L, const float *delta, float *x, float *dp, int64_t ld);
+    void (*fold)(int32_t n, int32_t lanes, const float *w, const float *d, int64_t ld, float *I);
+    void (*unfold)(int32_t n, int32_t lanes, const float *w, const float *g, float *d, int64_t ld, float *dw);
     /* selection: dsa__ref_filter, dsa__ref_count, dsa__ref_keep */
     int32_t (*filter)(const float *s, int32_t n, int32_t first, float above, float *out_s, int32_t *out_i);
     int64_t (*count)(const float *s, int64_t n, float least);
@@ -2702,6 +2848,121 @@ static DSA__F32X8 void dsa__query_round_f32x8(dsa_type format, int hadamard, int
                                               float *x, float *v)
 {
     dsa__round_heads(format, hadamard, n_heads, dim, q, w, x, v);
+}
+
+/* ---- the backward pass ------------------------------------------------------------------------ */
+/* rows x vecs vectors of c: 4 x 3 sums fill the registers, 7 loads per 12 fma; narrow products take 8 rows of one vector. */
+DSA__F32X8_INLINE void dsa__madd_tile8(const int rows, const int vecs, int64_t depth, const float *a, int64_t a_row, int64_t a_col,
+                                       const float *b, int64_t ldb, float *c, int64_t ldc)
+{
+    dsa__f32x8 s[8][3], v[3], x;
+    int64_t k;
+    int i, j;
+    DSA__UNROLL
+    for (i = 0; i < rows; i++) {
+        DSA__UNROLL
+        for (j = 0; j < vecs; j++) s[i][j] = dsa__load8(c + i * ldc + 8 * j);
+    }
+    for (k = 0; k < depth; k++, a += a_col, b += ldb) {
+        DSA__UNROLL
+        for (j = 0; j < vecs; j++) v[j] = dsa__load8(b + 8 * j);
+        DSA__UNROLL
+        for (i = 0; i < rows; i++) {
+            x = dsa__set8(a[i * a_row]);
+            DSA__UNROLL
+            for (j = 0; j < vecs; j++) s[i][j] = dsa__fma8(x, v[j], s[i][j]);
+        }
+    }
+    DSA__UNROLL
+    for (i = 0; i < rows; i++) {
+        DSA__UNROLL
+        for (j = 0; j < vecs; j++) dsa__store8(c + i * ldc + 8 * j, s[i][j]);
+    }
+}
+
+/* All rows of one column of tiles. */
+DSA__F32X8_INLINE void dsa__madd_column8(const int tall, const int vecs, int64_t m, int64_t depth, const float *a, int64_t a_row,
+                                         int64_t a_col, const float *b, int64_t ldb, float *c, int64_t ldc)
+{
+    for (; m >= tall; m -= tall, a += tall * a_row, c += tall * ldc) dsa__madd_tile8(tall, vecs, depth, a, a_row, a_col, b, ldb, c, ldc);
+    if (tall > 4 && m >= 4) {
+        dsa__madd_tile8(4, vecs, depth, a, a_row, a_col, b, ldb, c, ldc);
+        m -= 4; a += 4 * a_row; c += 4 * ldc;
+    }
+    if (m == 3) dsa__madd_tile8(3, vecs, depth, a, a_row, a_col, b, ldb, c, ldc);
+    if (m == 2) dsa__madd_tile8(2, vecs, depth, a, a_row, a_col, b, ldb, c, ldc);
+    if (m == 1) dsa__madd_tile8(1, vecs, depth, a, a_row, a_col, b, ldb, c, ldc);
+}
+
+static DSA__F32X8 void dsa__madd_f32x8(int64_t m, int64_t n, int64_t depth, const float *a, int64_t a_row, int64_t a_col,
+                                       const float *b, int64_t ldb, float *c, int64_t ldc)
+{
+    int64_t at, i, k;
+    for (; n >= 24; n -= 24, b += 24, c += 24) dsa__madd_column8(4, 3, m, depth, a, a_row, a_col, b, ldb, c, ldc);
+    for (; n >= 16; n -= 16, b += 16, c += 16) dsa__madd_column8(4, 2, m, depth, a, a_row, a_col, b, ldb, c, ldc);
+    for (; n >= 8; n -= 8, b += 8, c += 8) dsa__madd_column8(8, 1, m, depth, a, a_row, a_col, b, ldb, c, ldc);
+    for (at = 0; n > 0 && at < depth; at += 64) {         /* the last columns through a copy with eight */
+        const int64_t part = dsa__min64(64, depth - at);
+        const size_t size = sizeof(float) * (size_t)n;
+        float wide[64 * 8] = {0}, last[8] = {0};
+        for (k = 0; k < part; k++) memcpy(wide + 8 * k, b + (at + k) * ldb, size);
+        for (i = 0; i < m; i++) {
+            memcpy(last, c + i * ldc, size);
+            dsa__madd_tile8(1, 1, part, a + i * a_row + at * a_col, 0, a_col, wide, 8, last, 8);
+            memcpy(c + i * ldc, last, size);
+        }
+    }
+}
+
+/* lanes: a multiple of 8 here and below */
+static DSA__F32X8 void dsa__weights_f32x8(int32_t n, int32_t lanes, float scale, const float *L, const float *delta, float *x, float *dp,
+                                          int64_t ld)
+{
+    const dsa__f32x8 f = dsa__set8(scale), zero = dsa__set8(0.0f);
+    int32_t j, h;
+    for (h = 0; h < lanes; h += 8) {
+        const dsa__f32x8 l = dsa__load8(L + h), mean = dsa__load8(delta + h);
+        for (j = 0; j < n; j++) {
+            float *xj = x + j * ld + h, *pj = dp ? dp + j * ld + h : NULL;
+            dsa__f32x8 e = dsa__sub8(dsa__mul8(dsa__load8(xj), f), l), p = dsa__exp8(dsa__pick8(dsa__less8(zero, e), zero, e));
+            dsa__store8(xj, p);
+            if (pj) dsa__store8(pj, dsa__mul8(dsa__mul8(f, p), dsa__sub8(dsa__load8(pj), mean)));
+        }
+    }
+}
+
+static DSA__F32X8 void dsa__fold_f32x8(int32_t n, int32_t lanes, const float *w, const float *d, int64_t ld, float *I)
+{
+    const dsa__f32x8 zero = dsa__set8(0.0f);
+    float sums[64] = {0}, s[8];
+    int32_t at, j, h;
+    for (at = 0; at < n; at += 8) {
+        const int32_t m = dsa__min32(8, n - at);
+        for (j = 0; j < m; j++) {
+            const float *dj = d + (at + j) * ld;
+            dsa__f32x8 sum = zero;
+            for (h = 0; h < lanes; h += 8) sum = dsa__fma8(dsa__load8(w + h), dsa__max8(zero, dsa__load8(dj + h)), sum);
+            dsa__store8(sums + 8 * j, sum);
+        }
+        dsa__store8(s, dsa__sums8(sums));
+        memcpy(I + at, s, sizeof(float) * (size_t)m);
+    }
+}
+
+static DSA__F32X8 void dsa__unfold_f32x8(int32_t n, int32_t lanes, const float *w, const float *g, float *d, int64_t ld, float *dw)
+{
+    const dsa__f32x8 zero = dsa__set8(0.0f);
+    int32_t j, h;
+    for (h = 0; h < lanes; h += 8) {
+        const dsa__f32x8 wh = dsa__load8(w + h);
+        dsa__f32x8 sum = dsa__load8(dw + h);
+        for (j = 0; j < n; j++) {
+            const dsa__f32x8 x = dsa__load8(d + j * ld + h), gj = dsa__set8(g[j]), on = dsa__less8(zero, x);
+            sum = dsa__fma8(gj, dsa__and8(on, x), sum);
+            dsa__store8(d + j * ld + h, dsa__and8(on, dsa__mul8(gj, wh)));
+        }
+        dsa__store8(dw + h, sum);
+    }
 }
 #endif
 
@@ -3828,6 +4089,7 @@ static const dsa__kernels dsa__kernels_ref = {
     dsa__ref_query_round, dsa__ref_query_bytes, dsa__ref_query_pack, dsa__ref_score_bytes, dsa__ref_score,
     dsa__ref_attend_query_bytes, dsa__ref_attend_pack, dsa__ref_attend_bytes, dsa__ref_attend,
     dsa__ref_dots, dsa__ref_axpys,
+    dsa__ref_madd, dsa__ref_weights, dsa__ref_fold, dsa__ref_unfold,
     dsa__ref_filter, dsa__ref_count, dsa__ref_keep
 };
 
@@ -3837,6 +4099,7 @@ static const dsa__kernels dsa__kernels_neon = {
     dsa__query_round_f32x8, dsa__query_bytes_neon, dsa__query_pack_neon, dsa__score_bytes_f32x8, dsa__score_neon,
     dsa__attend_query_bytes_f32x8, dsa__attend_pack_f32x8, dsa__attend_bytes_f32x8, dsa__attend_f32x8,
     dsa__ref_dots, dsa__ref_axpys,
+    dsa__madd_f32x8, dsa__weights_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__ref_filter, dsa__ref_count, dsa__ref_keep
 };
 
@@ -3867,6 +4130,7 @@ static const dsa__kernels dsa__kernels_avx2 = {
     dsa__query_round_f32x8, dsa__query_bytes_avx2, dsa__query_pack_avx2, dsa__score_bytes_f32x8, dsa__score_avx2,
     dsa__attend_query_bytes_f32x8, dsa__attend_pack_f32x8, dsa__attend_bytes_f32x8, dsa__attend_f32x8,
     dsa__ref_dots, dsa__ref_axpys,
+    dsa__madd_f32x8, dsa__weights_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__filter_avx2, dsa__count_avx2, dsa__keep_avx2
 };
 
@@ -3875,6 +4139,7 @@ static const dsa__kernels dsa__kernels_avx512_base = {
     dsa__query_round_avx512, dsa__query_bytes_avx512f, dsa__query_pack_avx512f, dsa__score_bytes_avx512f, dsa__score_avx512f,
     dsa__attend_query_bytes_avx512f, dsa__attend_pack_avx512f, dsa__attend_bytes_avx512f, dsa__attend_avx512f,
     dsa__ref_dots, dsa__ref_axpys,
+    dsa__madd_f32x8, dsa__weights_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__filter_avx512, dsa__count_avx512, dsa__keep_avx512
 };
 
@@ -3883,6 +4148,7 @@ static const dsa__kernels dsa__kernels_avx512_vnni = {
     dsa__query_round_avx512, dsa__query_bytes_avx512vnni, dsa__query_pack_avx512vnni, dsa__score_bytes_avx512vnni, dsa__score_avx512vnni,
     dsa__attend_query_bytes_avx512f, dsa__attend_pack_avx512f, dsa__attend_bytes_avx512f, dsa__attend_avx512f,
     dsa__ref_dots, dsa__ref_axpys,
+    dsa__madd_f32x8, dsa__weights_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__filter_avx512, dsa__count_avx512, dsa__keep_avx512
 };
 
@@ -3891,6 +4157,7 @@ static const dsa__kernels dsa__kernels_avx512 = {
     dsa__query_round_avx512, dsa__query_bytes_avx512, dsa__query_pack_avx512, dsa__score_bytes_avx512, dsa__score_avx512,
     dsa__attend_query_bytes_avx512, dsa__attend_pack_avx512, dsa__attend_bytes_avx512, dsa__attend_avx512,
     dsa__ref_dots, dsa__ref_axpys,
+    dsa__madd_f32x8, dsa__weights_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__filter_avx512_vbmi2, dsa__count_avx512, dsa__keep_avx512
 };
 
@@ -6025,6 +6292,1150 @@ DSA_API dsa_status dsa_layer(const dsa_ctx *ctx, const dsa_layer_args *a)
         }
         st = dsa__layer_tile(ctx, a, &c, row, n, n_seqs);
     }
+    DSA_ASSERT(st == DSA_OK);
+    return st;
+}
+
+/* ============================================================================================
+   >>backward                                 6. gradients of the attention, the indexer and the layer
+   ============================================================================================
+   The derivatives of the formulas above (spec 8). A tile of DSA__BACK_ROWS queries is worked through in two phases a block of
+   DSA__BACK_KEYS keys: first tasks own queries and find P, dS and what goes into dQ; then tasks own rows of the cache, DSA__STRIPE by
+   DSA__STRIPE, walk over the same queries in order and add what goes into dKV. So no number is written by two tasks, every sum
+   runs in one order whatever the number of threads, and the scatter-add needs no atomics. */
+#define DSA__BACK_ROWS DSA_LAYER_TILE
+#define DSA__BACK_KEYS 256
+#define DSA__STRIPE 8
+
+/* x^ = x inv:   dg += dy x^      dx += inv (g dy - x^ mean(g dy x^)) */
+DSA_API dsa_status dsa_rms_norm_backward(const float *x, const float *d_y, int64_t n_rows, int64_t stride, int32_t dim, const float *gain,
+                                         float eps, float *d_x, float *d_gain)
+{
+    int64_t t;
+    int32_t i;
+    if (n_rows > 0 && (!x || !d_y || !gain)) return DSA_ERR_NULL;
+    if (n_rows < 0 || dim < 1 || stride < dim) return DSA_ERR_SHAPE;
+    for (t = 0; t < n_rows; t++) {
+        const float *r = x + t * stride, *dy = d_y + t * stride;
+        double sum = 0.0, dot = 0.0, inv;
+        for (i = 0; i < dim; i++) sum += (double)r[i] * (double)r[i];
+        inv = 1.0 / sqrt(sum / dim + (double)eps);
+        for (i = 0; i < dim; i++) dot += (double)gain[i] * (double)dy[i] * (double)r[i];
+        dot *= inv * inv / dim;
+        for (i = 0; d_gain && i < dim; i++) d_gain[i] += (float)((double)dy[i] * (double)r[i] * inv);
+        for (i = 0; d_x && i < dim; i++) d_x[t * stride + i] += (float)(inv * ((double)gain[i] * (double)dy[i] - (double)r[i] * dot));
+    }
+    return DSA_OK;
+}
+
+/* x^ = (x - mean) inv:   db += dy      dg += dy x^      dx += inv (g dy - mean(g dy) - x^ mean(g dy x^)) */
+DSA_API dsa_status dsa_layer_norm_backward(const float *x, const float *d_y, int64_t n_rows, int64_t stride, int32_t dim, const float *gain,
+                                           float eps, float *d_x, float *d_gain, float *d_bias)
+{
+    int64_t t;
+    int32_t i;
+    if (n_rows > 0 && (!x || !d_y || !gain)) return DSA_ERR_NULL;
+    if (n_rows < 0 || dim < 1 || stride < dim) return DSA_ERR_SHAPE;
+    for (t = 0; t < n_rows; t++) {
+        const float *r = x + t * stride, *dy = d_y + t * stride;
+        double mean = 0.0, var = 0.0, dot = 0.0, sum = 0.0, inv;
+        for (i = 0; i < dim; i++) mean += (double)r[i];
+        mean /= dim;
+        for (i = 0; i < dim; i++) var += ((double)r[i] - mean) * ((double)r[i] - mean);
+        inv = 1.0 / sqrt(var / dim + (double)eps);
+        for (i = 0; i < dim; i++) {
+            double d = (double)gain[i] * (double)dy[i];
+            sum += d;
+            dot += d * ((double)r[i] - mean) * inv;
+        }
+        sum /= dim;
+        dot /= dim;
+        for (i = 0; i < dim; i++) {
+            double n = ((double)r[i] - mean) * inv;
+            if (d_gain) d_gain[i] += (float)((double)dy[i] * n);
+            if (d_bias) d_bias[i] += dy[i];
+            if (d_x) d_x[t * stride + i] += (float)(inv * ((double)gain[i] * (double)dy[i] - sum - n * dot));
+        }
+    }
+    return DSA_OK;
+}
+
+/* ---- projections --------------------------------------------------------------------------- */
+#define DSA__MM_OUT 24                                   /* outputs side by side: one column of tiles */
+#define DSA__MM_IN 48
+#define DSA__MM_DEPTH 128
+
+/* y[t][h][o] = Sum_i x[t][h][i] W[h][o][i] and its two derivatives. Most weights are one head; kv_b's parts are one per head, of which
+   W holds the rows first + h step + [0, n_out). */
+typedef struct dsa__mm {
+    const dsa_ctx *ctx;
+    const dsa_tensor *w;
+    int64_t n, n_in, n_out, first, step;
+    int32_t n_heads;
+    const float *x, *y;                                  /* y: the given d_y of the derivatives */
+    float *dx, *out;                                     /* dx = W^T y, added; out = W x, written */
+    float *dw;                                           /* [H ..][n_in] like W: += y x^T */
+    int64_t ldx, ldy, head_x, head_y;                    /* also of dx and out */
+    float *scratch;                                      /* [n_threads, DSA__MM_SCRATCH] */
+} dsa__mm;
+
+#define DSA__MM_SCRATCH (DSA__MM_IN * DSA__MM_DEPTH)
+
+static dsa__mm dsa__mm_of(const dsa_ctx *ctx, const dsa_tensor *w, int64_t n, int64_t n_in, int64_t n_out, float *scratch)
+{
+    dsa__mm m;
+    memset(&m, 0, sizeof m);
+    m.ctx = ctx; m.w = w; m.n = n; m.n_in = m.ldx = n_in; m.n_out = m.ldy = n_out; m.n_heads = 1; m.scratch = scratch;
+    return m;
+}
+
+/* Columns [at, at + n) of row `row` of a weight [.., in] as f32; for any cut of the row. */
+static void dsa__weight_part(const dsa_tensor *w, int64_t row, int64_t in, int64_t at, int64_t n, float *x)
+{
+    const unsigned char *p = (const unsigned char *)w->data + (size_t)((row * in + at) * dsa__type_bytes(w->type));
+    int64_t i;
+    if (w->type != DSA_FP8) {
+        dsa_tensor part = *w;
+        part.data = p;
+        dsa__weight_row(&part, 0, n, x);
+        return;
+    }
+    for (i = 0; i < n; i++) {                            /* 128 x 128 blocks share a scale */
+        float s;
+        memcpy(&s, (const unsigned char *)w->scale_inv + 4 * (size_t)(row / 128 * ((in + 127) / 128) + (at + i) / 128), 4);
+        x[i] = dsa__e4m3_value(p[i]) * s;
+    }
+}
+
+/* Blocks of outputs of every head: W's rows turned into columns, a part of the depth at a time. */
+static void dsa__mm_forward_task(void *arg, int32_t task)
+{
+    const dsa__mm *m = (const dsa__mm *)arg;
+    float *b = m->scratch + (int64_t)task * DSA__MM_SCRATCH, row[DSA__MM_DEPTH];
+    int64_t blocks = (m->n_out + DSA__MM_OUT - 1) / DSA__MM_OUT, unit, at, i, j, t;
+    int32_t n_tasks = (int32_t)dsa__min64(m->ctx->config.n_threads, blocks * m->n_heads);
+    for (unit = task; unit < blocks * m->n_heads; unit += n_tasks) {
+        int64_t head = unit / blocks, o = unit % blocks * DSA__MM_OUT, wide = dsa__min64(DSA__MM_OUT, m->n_out - o);
+        float *out = m->out + head * m->head_y + o;
+        for (t = 0; t < m->n; t++) memset(out + t * m->ldy, 0, sizeof(float) * (size_t)wide);
+        for (at = 0; at < m->n_in; at += DSA__MM_DEPTH) {
+            int64_t depth = dsa__min64(DSA__MM_DEPTH, m->n_in - at);
+            for (j = 0; j < wide; j++) {
+                dsa__weight_part(m->w, m->first + head * m->step + o + j, m->n_in, at, depth, row);
+                for (i = 0; i < depth; i++) b[i * DSA__MM_OUT + j] = row[i];
+            }
+            m->ctx->kernels->madd(m->n, wide, depth, m->x + head * m->head_x + at, m->ldx, 1, b, DSA__MM_OUT, out, m->ldy);
+        }
+    }
+}
+
+/* Blocks of inputs of every head. */
+static void dsa__mm_dx_task(void *arg, int32_t task)
+{
+    const dsa__mm *m = (const dsa__mm *)arg;
+    float *b = m->scratch + (int64_t)task * DSA__MM_SCRATCH;
+    int64_t blocks = (m->n_in + DSA__MM_IN - 1) / DSA__MM_IN, unit, at, j;
+    int32_t n_tasks = (int32_t)dsa__min64(m->ctx->config.n_threads, blocks * m->n_heads);
+    for (unit = task; unit < blocks * m->n_heads; unit += n_tasks) {
+        int64_t head = unit / blocks, i = unit % blocks * DSA__MM_IN, wide = dsa__min64(DSA__MM_IN, m->n_in - i);
+        for (at = 0; at < m->n_out; at += DSA__MM_DEPTH) {
+            int64_t depth = dsa__min64(DSA__MM_DEPTH, m->n_out - at);
+            for (j = 0; j < depth; j++)
+                dsa__weight_part(m->w, m->first + head * m->step + at + j, m->n_in, i, wide, b + j * DSA__MM_IN);
+            m->ctx->kernels->madd(m->n, wide, depth, m->y + head * m->head_y + at, m->ldy, 1, b, DSA__MM_IN,
+                                  m->dx + head * m->head_x + i, m->ldx);
+        }
+    }
+}
+
+/* Blocks of W's rows. */
+static void dsa__mm_dw_task(void *arg, int32_t task)
+{
+    const dsa__mm *m = (const dsa__mm *)arg;
+    int64_t blocks = (m->n_out + DSA__MM_OUT - 1) / DSA__MM_OUT, unit, at;
+    int32_t n_tasks = (int32_t)dsa__min64(m->ctx->config.n_threads, blocks * m->n_heads);
+    for (unit = task; unit < blocks * m->n_heads; unit += n_tasks) {
+        int64_t head = unit / blocks, o = unit % blocks * DSA__MM_OUT, tall = dsa__min64(DSA__MM_OUT, m->n_out - o);
+        for (at = 0; at < m->n; at += DSA__MM_DEPTH)
+            m->ctx->kernels->madd(tall, m->n_in, dsa__min64(DSA__MM_DEPTH, m->n - at), m->y + at * m->ldy + head * m->head_y + o, 1,
+                                  m->ldy, m->x + at * m->ldx + head * m->head_x, m->ldx,
+                                  m->dw + (m->first + head * m->step + o) * m->n_in, m->n_in);
+    }
+}
+
+static void dsa__mm_forward(dsa__mm *m, const float *x, float *out)
+{
+    m->x = x;
+    m->out = out;
+    dsa__parallel(m->ctx, (m->n_out + DSA__MM_OUT - 1) / DSA__MM_OUT * m->n_heads, dsa__mm_forward_task, m);
+}
+
+/* dx += y W, dw += y^T x, each where it is wanted */
+static void dsa__mm_backward(dsa__mm *m, const float *x, const float *y, float *dx, float *dw)
+{
+    m->x = x;
+    m->y = y;
+    m->dx = dx;
+    m->dw = dw;
+    if (dx) dsa__parallel(m->ctx, (m->n_in + DSA__MM_IN - 1) / DSA__MM_IN * m->n_heads, dsa__mm_dx_task, m);
+    if (dw) dsa__parallel(m->ctx, (m->n_out + DSA__MM_OUT - 1) / DSA__MM_OUT * m->n_heads, dsa__mm_dw_task, m);
+}
+
+static dsa_status dsa__linear_plan(const dsa_ctx *ctx, const dsa_linear_args *a, dsa__arena *arena, float **scratch)
+{
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    if (!a) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_linear: args is NULL");
+    if (a->n_rows < 0 || a->n_rows > DSA__MAX_POS || a->dim_in < 1 || a->dim_out < 1)
+        return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_linear: n_rows, dim_in or dim_out");
+    *scratch = (float *)dsa__take(arena, ctx->config.n_threads, DSA__MM_SCRATCH, sizeof(float));
+    return arena->overflow ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "dsa_linear: the workspace does not fit in size_t") : DSA_OK;
+}
+
+DSA_API dsa_status dsa_linear_workspace(const dsa_ctx *ctx, const dsa_linear_args *args, size_t *bytes)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    float *scratch;
+    dsa_status st = dsa__linear_plan(ctx, args, &arena, &scratch);
+    if (st != DSA_OK) return st;
+    if (!bytes) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_linear: bytes is NULL");
+    *bytes = dsa__arena_bytes(&arena);
+    return DSA_OK;
+}
+
+static dsa_status dsa__linear_start(const dsa_ctx *ctx, const dsa_linear_args *a, int needs_w, dsa__mm *m)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    float *scratch;
+    dsa_status st = dsa__linear_plan(ctx, a, &arena, &scratch);
+    if (st == DSA_OK && needs_w) st = dsa__tensor_check(ctx, &a->w, "dsa_linear: w");
+    if (st == DSA_OK) st = dsa__arena_check(ctx, &arena, a->workspace, a->workspace_size);
+    if (st != DSA_OK) return st;
+    arena = dsa__arena_over(a->workspace);
+    st = dsa__linear_plan(ctx, a, &arena, &scratch);
+    DSA__CARVED(st, arena, a->workspace_size);
+    *m = dsa__mm_of(ctx, &a->w, a->n_rows, a->dim_in, a->dim_out, scratch);
+    return st;
+}
+
+DSA_API dsa_status dsa_linear(const dsa_ctx *ctx, const dsa_linear_args *a)
+{
+    dsa__mm m;
+    dsa_status st = dsa__linear_start(ctx, a, 1, &m);
+    if (st != DSA_OK || a->n_rows == 0) return st;
+    if (!a->x || !a->y) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_linear: x or y is NULL");
+    dsa__mm_forward(&m, a->x, a->y);
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_linear_backward(const dsa_ctx *ctx, const dsa_linear_args *a)
+{
+    dsa__mm m;
+    dsa_status st = dsa__linear_start(ctx, a, a && a->d_x, &m);
+    if (st != DSA_OK || a->n_rows == 0) return st;
+    if (!a->d_y || (a->d_w && !a->x)) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_linear_backward: d_y or x is NULL");
+    dsa__mm_backward(&m, a->x, a->d_y, a->d_x, a->d_w);
+    return DSA_OK;
+}
+
+/* ---- the set of a query ---------------------------------------------------------------------- */
+/* Columns [lo, hi) of a query's row of numbers: entries of its list, or positions. */
+typedef struct dsa__span { const dsa_cache *cache; const int32_t *list; int64_t lo, hi, limit; int32_t seq; } dsa__span;
+
+/* The entries of block `block` that name a row: positions and columns, ascending by column; returns how many. */
+static int32_t dsa__span_block(const dsa__span *s, int64_t block, int32_t *position, int32_t *column)
+{
+    int64_t from = dsa__max64(s->lo, block * DSA__BACK_KEYS), to = dsa__min64(s->hi, (block + 1) * DSA__BACK_KEYS), i;
+    int32_t n = 0;
+    for (i = from; i < to; i++) {
+        int64_t p = s->list ? s->list[i] : i;
+        position[n] = (int32_t)p;
+        column[n] = (int32_t)i;
+        n += p >= 0 && p < s->limit;
+    }
+    return n;
+}
+
+/* Which of n entries belong to stripe `task` of n_tasks. */
+static int32_t dsa__stripe(const int32_t *position, int32_t n, int32_t task, int32_t n_tasks, int32_t *mine)
+{
+    int32_t j, m = 0;
+    for (j = 0; j < n; j++) {
+        mine[m] = j;
+        m += position[j] / DSA__STRIPE % n_tasks == task;
+    }
+    return m;
+}
+
+/* The sets of rows [row, row + n) of the call; returns how many blocks the longest has. `causal`: a list may not look ahead. */
+static int64_t dsa__spans(const dsa_ctx *ctx, const dsa_attend_args *a, dsa_kind kind, int causal, dsa__cursor *cur, int64_t row, int64_t n,
+                          dsa__span *spans)
+{
+    int64_t n_indices = a->n_indices ? a->n_indices : ctx->config.top_k, stride = a->index_stride ? a->index_stride : n_indices;
+    int64_t most = 0, t;
+    for (t = 0; t < n; t++) {
+        const dsa_seq *seq = dsa__seek(cur, row + t);
+        const dsa_cache *c = kind == DSA_LATENT ? seq->latent : seq->index;
+        dsa__span *s = &spans[t];
+        int64_t visible = dsa__visible(cur, seq, c, row + t);
+        s->cache = c;
+        s->seq = cur->seq;
+        s->list = NULL;
+        s->limit = causal ? visible : dsa__len(seq, c);
+        s->lo = 0;
+        s->hi = visible;
+        if (a->what == DSA_ATTEND_RANGE) {
+            s->lo = dsa__clamp64(a->ks[row + t], 0, s->limit);
+            s->hi = dsa__clamp64(a->ke[row + t], 0, s->limit);
+        } else if (a->what == DSA_ATTEND_LIST) {
+            s->list = a->indices + (row + t) * stride;
+            s->hi = a->counts ? dsa__clamp64(a->counts[row + t], 0, n_indices) : n_indices;
+        }
+        if (s->lo < s->hi) most = dsa__max64(most, (s->hi + DSA__BACK_KEYS - 1) / DSA__BACK_KEYS);
+    }
+    return most;
+}
+
+/* What can be wrong with a set, and how many columns its rows may have. */
+static dsa_status dsa__set_check(const dsa_ctx *ctx, const dsa_attend_args *a, dsa_kind kind, int64_t *n_rows, int64_t *n_columns)
+{
+    int64_t n_indices = a->n_indices ? a->n_indices : ctx->config.top_k;
+    int32_t i;
+    dsa_status st = dsa__rows(ctx, a->n_seqs, a->seqs, n_rows);
+    if (st == DSA_OK) st = dsa__batch_check(ctx, a->n_seqs, a->seqs, kind);
+    if (st != DSA_OK) return st;
+    if (a->what != DSA_ATTEND_LIST && a->what != DSA_ATTEND_RANGE && a->what != DSA_ATTEND_VISIBLE)
+        return dsa__fail(ctx, DSA_ERR_ARGUMENT, "backward: unknown what");
+    if (a->index_kind != DSA_LOGICAL) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "backward: lists must be logical positions");
+    if (n_indices < 0 || (a->index_stride != 0 && a->index_stride < n_indices))
+        return dsa__fail(ctx, DSA_ERR_SHAPE, "backward: not 0 <= n_indices <= index_stride");
+    *n_columns = n_indices;
+    if (a->what == DSA_ATTEND_LIST) return DSA_OK;
+    for (*n_columns = 0, i = 0; i < a->n_seqs; i++)
+        *n_columns = dsa__max64(*n_columns, dsa__len(&a->seqs[i], kind == DSA_LATENT ? a->seqs[i].latent : a->seqs[i].index));
+    return DSA_OK;
+}
+
+static dsa_status dsa__set_pointers(const dsa_ctx *ctx, const dsa_attend_args *a)
+{
+    if (a->what == DSA_ATTEND_LIST && !a->indices) return dsa__fail(ctx, DSA_ERR_NULL, "backward: indices is NULL");
+    if (a->what == DSA_ATTEND_RANGE && (!a->ks || !a->ke)) return dsa__fail(ctx, DSA_ERR_NULL, "backward: ks or ke is NULL");
+    return DSA_OK;
+}
+
+/* One gradient array per sequence, or none at all. */
+static dsa_status dsa__rows_check(const dsa_ctx *ctx, const dsa_attend_args *a, float *const *d_rows)
+{
+    int32_t i;
+    for (i = 0; d_rows && i < a->n_seqs; i++)
+        if (!d_rows[i]) return dsa__fail(ctx, DSA_ERR_NULL, "backward: the gradient of a sequence's rows is NULL");
+    return DSA_OK;
+}
+
+static const unsigned char *dsa__position_row(const dsa_cache *c, int64_t position)
+{
+    int64_t offset, page = dsa__page_of(c, position, &offset);
+    return dsa__row_in(c, page, offset);
+}
+
+/* Heads side by side: y[d][h] = x[h][d], h < n, absent ones zero up to `lanes`. */
+static void dsa__side_by_side(int32_t n, int32_t lanes, int32_t dim, const float *x, float *y)
+{
+    int32_t d, h;
+    for (d = 0; d < dim; d++)
+        for (h = 0; h < lanes; h++) y[(int64_t)d * lanes + h] = h < n ? x[(int64_t)h * dim + d] : 0.0f;
+}
+
+static int32_t dsa__eights(int32_t n) { return (n + 7) / 8 * 8; }
+
+/* ---- attention ------------------------------------------------------------------------------ */
+/* For each query and head, over its set (spec 8.4); L is lse with the sink z, if there is one:
+       delta = <out, dout>      P_s = e^(scale <q, kv_s> - L)      dP_s = <dout, kv_s[0:R]>      dS_s = scale P_s (dP_s - delta)
+       dq += Sum_s dS_s kv_s    dkv_s += dS_s q + P_s dout         dz -= e^(z - L) delta */
+typedef struct dsa__attend_back {
+    const dsa_ctx *ctx;
+    const dsa_attend_backward_args *args;
+    int causal;
+    int64_t n_rows, row, n, block;                       /* of the call; the tile's first, its size; the block in work */
+    int32_t H, wide, dim_qk, R;                          /* wide: H rounded up to whole vectors */
+    float scale;
+    dsa__span *spans;                                    /* [ROWS] */
+    float *L, *delta;                                    /* [ROWS, wide] */
+    int32_t *n_keys, *position, *column;                 /* [ROWS], [ROWS, KEYS] twice */
+    float *p, *ds;                                       /* [ROWS, KEYS, wide] */
+    float *scratch;                                      /* per task: rows [KEYS, dim_qk], then the larger of q and dout side by side, and P
+                                                            and dS of a stripe with its entries */
+    int64_t scratch_stride;
+} dsa__attend_back;
+
+static dsa_status dsa__attend_back_plan(const dsa_ctx *ctx, dsa__arena *arena, dsa__attend_back *c)
+{
+    const dsa_config *f = &ctx->config;
+    int64_t tile = DSA__BACK_ROWS * DSA__BACK_KEYS;
+    memset(c, 0, sizeof *c);
+    c->ctx = ctx;
+    c->H = f->n_heads;
+    c->wide = dsa__eights(c->H);
+    c->R = f->dim_latent;
+    c->dim_qk = f->dim_latent + f->dim_rope;
+    c->spans    = (dsa__span *)dsa__take(arena, DSA__BACK_ROWS, 1, sizeof *c->spans);
+    c->L        = (float *)dsa__take(arena, DSA__BACK_ROWS, c->wide, sizeof(float));
+    c->delta    = (float *)dsa__take(arena, DSA__BACK_ROWS, c->wide, sizeof(float));
+    c->n_keys   = (int32_t *)dsa__take(arena, DSA__BACK_ROWS, 1, sizeof(int32_t));
+    c->position = (int32_t *)dsa__take(arena, tile, 1, sizeof(int32_t));
+    c->column   = (int32_t *)dsa__take(arena, tile, 1, sizeof(int32_t));
+    c->p        = (float *)dsa__take(arena, tile, c->wide, sizeof(float));
+    c->ds       = (float *)dsa__take(arena, tile, c->wide, sizeof(float));
+    c->scratch_stride = DSA__BACK_KEYS * (int64_t)c->dim_qk +
+                        dsa__max64(DSA__HEADS * ((int64_t)c->dim_qk + c->R), 2 * DSA__BACK_KEYS * (int64_t)c->wide) + 2 * DSA__BACK_KEYS;
+    c->scratch  = (float *)dsa__take(arena, f->n_threads, c->scratch_stride, sizeof(float));
+    return arena->overflow ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "dsa_attend_backward: the workspace does not fit in size_t") : DSA_OK;
+}
+
+/* Phase 1: a unit is a query and up to DSA__HEADS of its heads. */
+static void dsa__attend_back_queries(void *arg, int32_t task)
+{
+    dsa__attend_back *c = (dsa__attend_back *)arg;
+    const dsa__kernels *k = c->ctx->kernels;
+    const dsa_attend_backward_args *a = c->args;
+    float *kv = c->scratch + task * c->scratch_stride, *qt = kv + (int64_t)DSA__BACK_KEYS * c->dim_qk;
+    float *ot = qt + DSA__HEADS * (int64_t)c->dim_qk;
+    int32_t *where = (int32_t *)(void *)(kv + c->scratch_stride - 2 * DSA__BACK_KEYS), groups = (c->H + DSA__HEADS - 1) / DSA__HEADS, j;
+    int64_t unit;
+    int32_t n_tasks = (int32_t)dsa__min64(c->ctx->config.n_threads, c->n * groups);
+    for (unit = task; unit < c->n * groups; unit += n_tasks) {
+        int64_t t = unit / groups, at = t * DSA__BACK_KEYS;
+        int32_t h = (int32_t)(unit % groups) * DSA__HEADS, heads = dsa__min32(DSA__HEADS, c->H - h), lanes = dsa__eights(heads), n;
+        const dsa__span *s = &c->spans[t];
+        const int64_t head = (c->row + t) * c->H + h;
+        float *p = c->p + at * c->wide + h, *ds = a->d_out ? c->ds + at * c->wide + h : NULL;
+        n = dsa__span_block(s, c->block, where, where + DSA__BACK_KEYS);
+        if (h == 0) {                                    /* for phase 2 */
+            c->n_keys[t] = n;
+            memcpy(c->position + at, where, sizeof(int32_t) * (size_t)n);
+            memcpy(c->column + at, where + DSA__BACK_KEYS, sizeof(int32_t) * (size_t)n);
+        }
+        for (j = 0; j < n; j++) {
+            dsa__expand_latent(s->cache->format, c->R, c->dim_qk - c->R, dsa__position_row(s->cache, where[j]),
+                               kv + (int64_t)j * c->dim_qk);
+            memset(p + (int64_t)j * c->wide, 0, sizeof(float) * (size_t)lanes);
+            if (ds) memset(ds + (int64_t)j * c->wide, 0, sizeof(float) * (size_t)lanes);
+        }
+        dsa__side_by_side(heads, lanes, c->dim_qk, a->attend.q + head * c->dim_qk, qt);
+        k->madd(n, lanes, c->dim_qk, kv, c->dim_qk, 1, qt, lanes, p, c->wide);
+        if (ds) {
+            dsa__side_by_side(heads, lanes, c->R, a->d_out + head * c->R, ot);
+            k->madd(n, lanes, c->R, kv, c->dim_qk, 1, ot, lanes, ds, c->wide);
+        }
+        k->weights(n, lanes, c->scale, c->L + t * c->wide + h, c->delta + t * c->wide + h, p, ds, c->wide);
+        if (ds && a->d_q) k->madd(heads, c->dim_qk, n, ds, 1, c->wide, kv, c->dim_qk, a->d_q + head * c->dim_qk, c->dim_qk);
+    }
+}
+
+/* Phase 2: a task is a stripe of the cache's rows. */
+static void dsa__attend_back_rows(void *arg, int32_t task)
+{
+    dsa__attend_back *c = (dsa__attend_back *)arg;
+    const dsa_attend_backward_args *a = c->args;
+    float *sum = c->scratch + task * c->scratch_stride, *p = sum + (int64_t)DSA__BACK_KEYS * c->dim_qk;
+    float *ds = p + (int64_t)DSA__BACK_KEYS * c->wide;
+    int32_t *mine = (int32_t *)(void *)(sum + c->scratch_stride - 2 * DSA__BACK_KEYS), n_tasks = c->ctx->config.n_threads, i, m, h, d;
+    int64_t t;
+    for (t = 0; t < c->n; t++) {
+        const int64_t at = t * DSA__BACK_KEYS, head = (c->row + t) * c->H;
+        m = dsa__stripe(c->position + at, c->n_keys[t], task, n_tasks, mine);
+        for (i = 0; i < m; i++) memcpy(p + (int64_t)i * c->wide, c->p + (at + mine[i]) * c->wide, sizeof(float) * (size_t)c->wide);
+        for (i = 0; a->target && i < m; i++) {
+            float r = 0.0f;
+            for (h = 0; h < c->H; h++) r += p[(int64_t)i * c->wide + h];
+            a->target[(c->row + t) * a->target_stride + c->column[at + mine[i]]] = r;
+        }
+        if (!a->d_out || !a->d_latent) continue;
+        for (i = 0; i < m; i++) memcpy(ds + (int64_t)i * c->wide, c->ds + (at + mine[i]) * c->wide, sizeof(float) * (size_t)c->wide);
+        memset(sum, 0, sizeof(float) * (size_t)m * (size_t)c->dim_qk);
+        c->ctx->kernels->madd(m, c->dim_qk, c->H, ds, c->wide, 1, a->attend.q + head * c->dim_qk, c->dim_qk, sum, c->dim_qk);
+        c->ctx->kernels->madd(m, c->R, c->H, p, c->wide, 1, a->d_out + head * c->R, c->R, sum, c->dim_qk);
+        for (i = 0; i < m; i++) {                        /* one after the other: a list may name a row twice */
+            float *DSA__RESTRICT to = a->d_latent[c->spans[t].seq] + (int64_t)c->position[at + mine[i]] * c->dim_qk;
+            const float *from = sum + (int64_t)i * c->dim_qk;
+            for (d = 0; d < c->dim_qk; d++) to[d] += from[d];
+        }
+    }
+}
+
+/* L and delta of the tile's rows, and what the sinks get. */
+static void dsa__attend_back_heads(dsa__attend_back *c)
+{
+    const dsa_attend_backward_args *a = c->args;
+    int64_t t, i;
+    int32_t h, d;
+    for (t = 0; t < c->n; t++)
+        for (h = 0; h < c->wide; h++) {
+            float L = 0.0f, delta = 0.0f;
+            i = (c->row + t) * c->H + h;
+            if (h < c->H) {
+                double sum = 0.0, lse = (double)a->lse[i], z = a->sinks ? (double)a->sinks[h] : -1.0;
+                L = a->lse[i];
+                if (a->d_out) for (d = 0; d < c->R; d++) sum += (double)a->out[i * c->R + d] * (double)a->d_out[i * c->R + d];
+                delta = (float)sum;
+                if (a->sinks && a->sinks[h] != -dsa__infinity() && L != dsa__infinity()) {
+                    /* the sink's share e^(z - L); L = ln(e^lse + e^z), taken from the larger of the two */
+                    double share = z > lse ? 1.0 / (1.0 + exp(lse - z)) : exp(z - lse) / (1.0 + exp(z - lse));
+                    L = (float)(z > lse ? z + log(1.0 + exp(lse - z)) : lse + log(1.0 + exp(z - lse)));
+                    if (a->d_sinks) a->d_sinks[h] -= (float)(share * sum);
+                }
+            }
+            c->L[t * c->wide + h] = L;
+            c->delta[t * c->wide + h] = delta;
+        }
+}
+
+/* p = r / Sum_s r */
+static void dsa__attend_back_target(dsa__attend_back *c)
+{
+    int64_t t, i;
+    for (t = 0; t < c->n; t++) {
+        float *r = c->args->target + (c->row + t) * c->args->target_stride;
+        double sum = 0.0;
+        for (i = c->spans[t].lo; i < c->spans[t].hi; i++) sum += (double)r[i];
+        for (i = c->spans[t].lo; i < c->spans[t].hi && sum > 0.0; i++) r[i] = (float)((double)r[i] / sum);
+    }
+}
+
+/* A checked call in a carved workspace. */
+static void dsa__attend_back_run(dsa__attend_back *c, const dsa_attend_backward_args *a, int causal)
+{
+    int64_t n_blocks, t;
+    int32_t groups = (c->H + DSA__HEADS - 1) / DSA__HEADS;
+    dsa__cursor cur;
+    cur.seqs = a->attend.seqs;
+    cur.seq = 0;
+    cur.first = 0;
+    c->args = a;
+    c->causal = causal;
+    c->scale = a->attend.scale == 0.0f ? c->ctx->config.softmax_scale : a->attend.scale;
+    for (c->row = 0; c->row < c->n_rows; c->row += c->n) {
+        c->n = dsa__min64(DSA__BACK_ROWS, c->n_rows - c->row);
+        n_blocks = dsa__spans(c->ctx, &a->attend, DSA_LATENT, causal, &cur, c->row, c->n, c->spans);
+        dsa__attend_back_heads(c);
+        for (t = 0; a->target && t < c->n; t++)
+            memset(a->target + (c->row + t) * a->target_stride, 0, sizeof(float) * (size_t)a->target_stride);
+        for (c->block = 0; c->block < n_blocks; c->block++) {
+            dsa__parallel(c->ctx, c->n * groups, dsa__attend_back_queries, c);
+            dsa__parallel(c->ctx, c->ctx->config.n_threads, dsa__attend_back_rows, c);
+        }
+        if (a->target) dsa__attend_back_target(c);
+    }
+}
+
+static dsa_status dsa__attend_back_check(const dsa_ctx *ctx, const dsa_attend_backward_args *a, dsa__arena *arena, dsa__attend_back *c)
+{
+    int64_t n_rows, n_columns;
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    if (!a) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_attend_backward: args is NULL");
+    st = dsa__set_check(ctx, &a->attend, DSA_LATENT, &n_rows, &n_columns);
+    if (st != DSA_OK) return st;
+    if (!(a->attend.scale >= -FLT_MAX && a->attend.scale <= FLT_MAX))
+        return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_attend_backward: scale is not finite");
+    if (a->target && a->target_stride < n_columns)
+        return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_attend_backward: target_stride is smaller than a row has columns");
+    st = dsa__attend_back_plan(ctx, arena, c);
+    c->n_rows = n_rows;
+    return st;
+}
+
+DSA_API dsa_status dsa_attend_backward_workspace(const dsa_ctx *ctx, const dsa_attend_backward_args *args, size_t *bytes)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    dsa__attend_back c;
+    dsa_status st = dsa__attend_back_check(ctx, args, &arena, &c);
+    if (st != DSA_OK) return st;
+    if (!bytes) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_attend_backward: bytes is NULL");
+    *bytes = dsa__arena_bytes(&arena);
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_attend_backward(const dsa_ctx *ctx, const dsa_attend_backward_args *a)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    dsa__attend_back c;
+    dsa_status st = dsa__attend_back_check(ctx, a, &arena, &c);
+    if (st == DSA_OK) st = dsa__rows_check(ctx, &a->attend, a->d_latent);
+    if (st != DSA_OK) return st;
+    if (c.n_rows > 0) {
+        st = dsa__set_pointers(ctx, &a->attend);
+        if (st == DSA_OK && (!a->attend.q || !a->lse)) st = dsa__fail(ctx, DSA_ERR_NULL, "dsa_attend_backward: q or lse is NULL");
+        if (st == DSA_OK && a->d_out && !a->out) st = dsa__fail(ctx, DSA_ERR_NULL, "dsa_attend_backward: out is NULL");
+        if (st != DSA_OK) return st;
+    }
+    st = dsa__arena_check(ctx, &arena, a->attend.workspace, a->attend.workspace_size);
+    if (st != DSA_OK) return st;
+    arena = dsa__arena_over(a->attend.workspace);
+    st = dsa__attend_back_check(ctx, a, &arena, &c);
+    DSA__CARVED(st, arena, a->attend.workspace_size);
+    if (st == DSA_OK) dsa__attend_back_run(&c, a, 0);
+    return st;
+}
+
+/* ---- the indexer ----------------------------------------------------------------------------- */
+/* For each query over its set, with d[h,s] = <q[h], k[s]> and g = dI (spec 8.3):
+       dw[h] += Sum_s g_s ReLU(d[h,s])     u[h,s] = g_s w[h] ReLU'(d[h,s])     dq[h] += Sum_s u[h,s] k[s]     dk[s] += Sum_h u[h,s] q[h]
+   q and k before Hadamard: the rotation does not change <q, k>. */
+typedef struct dsa__index_back {
+    const dsa_ctx *ctx;
+    const dsa_index_backward_args *args;
+    int64_t n_rows, n_columns, row, n, n_blocks, block;
+    int32_t HI, wide, D;
+    dsa__span *spans;                                    /* [ROWS] */
+    int32_t *n_keys, *position;                          /* [ROWS], [ROWS, KEYS] */
+    float *g;                                            /* [ROWS, n_columns]: scores, then their derivatives */
+    float *u;                                            /* [ROWS, KEYS, wide] */
+    float *scratch;                                      /* per task: keys [KEYS, D], q side by side [D, wide], w, dw [wide], g of the block
+                                                            [KEYS], columns [KEYS], u of a stripe [KEYS, wide] and its entries */
+    int64_t scratch_stride;
+} dsa__index_back;
+
+static dsa_status dsa__index_back_plan(const dsa_ctx *ctx, int64_t n_columns, dsa__arena *arena, dsa__index_back *c)
+{
+    const dsa_config *f = &ctx->config;
+    memset(c, 0, sizeof *c);
+    c->ctx = ctx;
+    c->HI = f->n_index_heads;
+    c->wide = dsa__eights(c->HI);
+    c->D = f->dim_index;
+    c->n_columns = n_columns;
+    c->spans    = (dsa__span *)dsa__take(arena, DSA__BACK_ROWS, 1, sizeof *c->spans);
+    c->n_keys   = (int32_t *)dsa__take(arena, DSA__BACK_ROWS, 1, sizeof(int32_t));
+    c->position = (int32_t *)dsa__take(arena, DSA__BACK_ROWS, DSA__BACK_KEYS, sizeof(int32_t));
+    c->g        = (float *)dsa__take(arena, DSA__BACK_ROWS, n_columns, sizeof(float));
+    c->u        = (float *)dsa__take(arena, DSA__BACK_ROWS * DSA__BACK_KEYS, c->wide, sizeof(float));
+    c->scratch_stride = (DSA__BACK_KEYS + (int64_t)c->wide) * c->D + (DSA__BACK_KEYS + 2) * (int64_t)c->wide + 3 * DSA__BACK_KEYS;
+    c->scratch  = (float *)dsa__take(arena, f->n_threads, c->scratch_stride, sizeof(float));
+    return arena->overflow ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "dsa_index_backward: the workspace does not fit in size_t") : DSA_OK;
+}
+
+/* A key before Hadamard, with its scale. */
+static void dsa__index_back_key(const dsa_cache *c, int64_t position, float *x)
+{
+    int64_t offset, page = dsa__page_of(c, position, &offset);
+    int32_t d;
+    dsa__expand_key(c->format, c->dim, dsa__row_in(c, page, offset), x);
+    if (dsa__planar(c->kind, c->format)) {
+        float s;
+        memcpy(&s, dsa__scale_in(c, page, offset), 4);
+        for (d = 0; d < c->dim; d++) x[d] *= s;
+    }
+    if (c->hadamard) dsa__hadamard(x, c->dim);
+}
+
+/* KL_t, and over the scores their derivatives: g = weight (sigma - p), 0 at columns that name nothing (I = -inf). */
+static float dsa__index_back_loss(int64_t n, const float *p, float weight, float *I)
+{
+    const float none = -dsa__infinity();
+    double sum = 0.0, total = 0.0, loss = 0.0, lse;
+    float max = none;
+    int64_t i;
+    for (i = 0; i < n; i++) {
+        if (I[i] > max) max = I[i];
+        total += (double)p[i];
+    }
+    for (i = 0; i < n; i++) if (I[i] != none) sum += (double)dsa__exp(I[i] - max);
+    lse = (double)max + log(sum);
+    for (i = 0; i < n; i++) {
+        float s = I[i];
+        if (s != none && p[i] > 0.0f) loss += (double)p[i] * (log((double)p[i]) - ((double)s - lse));
+        I[i] = s == none || total == 0.0 ? 0.0f : weight * (float)((double)dsa__exp(s - max) / sum - (double)p[i]);
+    }
+    return total == 0.0 ? 0.0f : (float)loss;
+}
+
+/* The keys of block `block` of query t and their d[h,s]. */
+static void dsa__index_back_dots(dsa__index_back *c, int64_t t, int64_t block, float *keys, float *qt, int32_t *column)
+{
+    const dsa__span *s = &c->spans[t];
+    int32_t *position = c->position + t * DSA__BACK_KEYS, n = dsa__span_block(s, block, position, column), j;
+    float *u = c->u + t * DSA__BACK_KEYS * c->wide;
+    c->n_keys[t] = n;
+    for (j = 0; j < n; j++) dsa__index_back_key(s->cache, position[j], keys + (int64_t)j * c->D);
+    memset(u, 0, sizeof(float) * (size_t)n * (size_t)c->wide);
+    c->ctx->kernels->madd(n, c->wide, c->D, keys, c->D, 1, qt, c->wide, u, c->wide);
+}
+
+/* Phase 1 of a query. Block -1: the scores of all blocks and the loss; a set of one block then goes on at once. */
+static void dsa__index_back_queries(void *arg, int32_t task)
+{
+    dsa__index_back *c = (dsa__index_back *)arg;
+    const dsa_index_backward_args *a = c->args;
+    const dsa__kernels *k = c->ctx->kernels;
+    float *keys = c->scratch + task * c->scratch_stride, *qt = keys + (int64_t)DSA__BACK_KEYS * c->D, *w = qt + (int64_t)c->wide * c->D;
+    float *dw = w + c->wide, *g = dw + c->wide;
+    int32_t *column = (int32_t *)(void *)(g + DSA__BACK_KEYS), n_tasks = (int32_t)dsa__min64(c->ctx->config.n_threads, c->n), h, j;
+    int64_t t, b, i;
+    for (t = task; t < c->n; t += n_tasks) {
+        const dsa__span *s = &c->spans[t];
+        const int64_t row = c->row + t;
+        const float *q = a->q + row * c->HI * c->D;
+        float *u = c->u + t * DSA__BACK_KEYS * c->wide, *I = c->g + t * c->n_columns;
+        const float *of = a->target ? I : a->d_scores + row * a->stride;
+        float loss;
+        dsa__side_by_side(c->HI, c->wide, c->D, q, qt);
+        for (h = 0; h < c->wide; h++) w[h] = h < c->HI ? a->w[row * c->HI + h] : 0.0f;
+        if (c->block < 0 && a->target) {
+            for (i = s->lo; i < s->hi; i++) I[i] = -dsa__infinity();
+            c->n_keys[t] = 0;
+            for (b = 0; b < c->n_blocks; b++) {
+                dsa__index_back_dots(c, t, b, keys, qt, column);
+                k->fold(c->n_keys[t], c->wide, w, u, c->wide, g);
+                for (j = 0; j < c->n_keys[t]; j++) I[column[j]] = g[j];
+            }
+            loss = s->lo < s->hi ? dsa__index_back_loss(s->hi - s->lo, a->target + row * a->stride + s->lo, a->weight, I + s->lo) : 0.0f;
+            if (a->loss) a->loss[row] = loss;
+        }
+        if (c->block < 0 && c->n_blocks > 1) continue;
+        if (c->block >= 0 || !a->target) dsa__index_back_dots(c, t, dsa__max64(c->block, 0), keys, qt, column);
+        for (j = 0; j < c->n_keys[t]; j++) g[j] = of[column[j]];
+        memset(dw, 0, sizeof(float) * (size_t)c->wide);
+        k->unfold(c->n_keys[t], c->wide, w, g, u, c->wide, dw);
+        for (h = 0; a->d_w && h < c->HI; h++) a->d_w[row * c->HI + h] += dw[h];
+        if (a->d_q) k->madd(c->HI, c->D, c->n_keys[t], u, 1, c->wide, keys, c->D, a->d_q + row * c->HI * c->D, c->D);
+    }
+}
+
+/* Phase 2: a task is a stripe of the cache's keys. */
+static void dsa__index_back_keys(void *arg, int32_t task)
+{
+    dsa__index_back *c = (dsa__index_back *)arg;
+    const dsa_index_backward_args *a = c->args;
+    float *sum = c->scratch + task * c->scratch_stride, *u = sum + (int64_t)DSA__BACK_KEYS * c->D;
+    int32_t *mine = (int32_t *)(void *)(sum + c->scratch_stride - DSA__BACK_KEYS), n_tasks = c->ctx->config.n_threads, i, m, d;
+    int64_t t;
+    for (t = 0; t < c->n; t++) {
+        const int64_t at = t * DSA__BACK_KEYS;
+        m = dsa__stripe(c->position + at, c->n_keys[t], task, n_tasks, mine);
+        for (i = 0; i < m; i++) memcpy(u + (int64_t)i * c->wide, c->u + (at + mine[i]) * c->wide, sizeof(float) * (size_t)c->wide);
+        memset(sum, 0, sizeof(float) * (size_t)m * (size_t)c->D);
+        c->ctx->kernels->madd(m, c->D, c->HI, u, c->wide, 1, a->q + (c->row + t) * c->HI * c->D, c->D, sum, c->D);
+        for (i = 0; i < m; i++) {
+            float *DSA__RESTRICT to = a->d_key[c->spans[t].seq] + (int64_t)c->position[at + mine[i]] * c->D;
+            const float *from = sum + (int64_t)i * c->D;
+            for (d = 0; d < c->D; d++) to[d] += from[d];
+        }
+    }
+}
+
+static void dsa__index_back_run(dsa__index_back *c, const dsa_index_backward_args *a, int causal)
+{
+    dsa__cursor cur;
+    cur.seqs = a->set.seqs;
+    cur.seq = 0;
+    cur.first = 0;
+    c->args = a;
+    for (c->row = 0; c->row < c->n_rows; c->row += c->n) {
+        c->n = dsa__min64(DSA__BACK_ROWS, c->n_rows - c->row);
+        c->n_blocks = dsa__spans(c->ctx, &a->set, DSA_INDEX_KEY, causal, &cur, c->row, c->n, c->spans);
+        c->block = -1;
+        dsa__parallel(c->ctx, c->n, dsa__index_back_queries, c);
+        for (c->block = 0; c->block < c->n_blocks; c->block++) {
+            if (c->n_blocks > 1) dsa__parallel(c->ctx, c->n, dsa__index_back_queries, c);
+            if (a->d_key) dsa__parallel(c->ctx, c->ctx->config.n_threads, dsa__index_back_keys, c);
+        }
+    }
+}
+
+static dsa_status dsa__index_back_check(const dsa_ctx *ctx, const dsa_index_backward_args *a, dsa__arena *arena, dsa__index_back *c)
+{
+    int64_t n_rows, n_columns;
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    if (!a) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_index_backward: args is NULL");
+    st = dsa__set_check(ctx, &a->set, DSA_INDEX_KEY, &n_rows, &n_columns);
+    if (st != DSA_OK) return st;
+    if ((a->target || a->d_scores) && a->stride < n_columns)
+        return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_index_backward: stride is smaller than a row has columns");
+    if (!(a->weight >= -FLT_MAX && a->weight <= FLT_MAX))
+        return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_index_backward: weight is not finite");
+    st = dsa__index_back_plan(ctx, n_columns, arena, c);
+    c->n_rows = n_rows;
+    return st;
+}
+
+DSA_API dsa_status dsa_index_backward_workspace(const dsa_ctx *ctx, const dsa_index_backward_args *args, size_t *bytes)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    dsa__index_back c;
+    dsa_status st = dsa__index_back_check(ctx, args, &arena, &c);
+    if (st != DSA_OK) return st;
+    if (!bytes) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_index_backward: bytes is NULL");
+    *bytes = dsa__arena_bytes(&arena);
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_index_backward(const dsa_ctx *ctx, const dsa_index_backward_args *a)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    dsa__index_back c;
+    dsa_status st = dsa__index_back_check(ctx, a, &arena, &c);
+    if (st == DSA_OK) st = dsa__rows_check(ctx, &a->set, a->d_key);
+    if (st != DSA_OK) return st;
+    if (c.n_rows > 0) {
+        st = dsa__set_pointers(ctx, &a->set);
+        if (st == DSA_OK && (!a->q || !a->w)) st = dsa__fail(ctx, DSA_ERR_NULL, "dsa_index_backward: q or w is NULL");
+        if (st == DSA_OK && (a->target == NULL) == (a->d_scores == NULL))
+            st = dsa__fail(ctx, DSA_ERR_NULL, "dsa_index_backward: target or d_scores, one of the two");
+        if (st != DSA_OK) return st;
+    }
+    st = dsa__arena_check(ctx, &arena, a->set.workspace, a->set.workspace_size);
+    if (st != DSA_OK) return st;
+    arena = dsa__arena_over(a->set.workspace);
+    st = dsa__index_back_check(ctx, a, &arena, &c);
+    DSA__CARVED(st, arena, a->set.workspace_size);
+    if (st == DSA_OK) dsa__index_back_run(&c, a, 0);
+    return st;
+}
+
+/* ---- the layer ------------------------------------------------------------------------------- */
+/* Tile after tile the queries' side, computed again from x as dsa_layer does, then backwards from y; what it adds to the latents' and
+   keys' gradients is carried on to W_kva and W_k when all queries are through. */
+typedef struct dsa__layer_back {
+    const dsa_layer_backward_args *args;
+    dsa__layer_call fwd;                                 /* the forward pass's tile, its row norms and sequences */
+    int64_t n_rows, n_columns, target_stride;
+    int has_indexer, wants_index;
+    float *d_latent, *d_key;                             /* all sequences' rows, [Sum len, R + r] and [Sum len, D] */
+    float **latent_rows, **key_rows;                     /* [n_seqs] where each sequence's begin */
+    float **tile_latents, **tile_keys;                   /* [n] those of the tile */
+    float *qa, *lse;                                     /* [n, q_lora] before the norm, [n, H] */
+    float *d_qr, *d_qa, *d_q, *d_abs, *d_olat, *d_o;     /* like the forward's */
+    float *d_iq, *d_iw;
+    float *kv, *d_kv, *key, *d_key_in;                   /* [n, R + r] twice, [n, D] twice: before the norms */
+    float *target;                                       /* [n, target_stride] */
+    float *mm;
+    dsa__attend_back attend;
+    dsa__index_back index;
+} dsa__layer_back;
+
+static dsa_status dsa__layer_back_plan(const dsa_ctx *ctx, const dsa_layer_backward_args *a, dsa__arena *arena, dsa__layer_back *c)
+{
+    const dsa_config *f;
+    int64_t n, H, total = 0, longest = 0;
+    int32_t i;
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    f = &ctx->config;
+    memset(c, 0, sizeof *c);
+    c->args = a;
+    if (!a || !a->grads) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_layer_backward: args or grads is NULL");
+    st = dsa__layer_plan(ctx, &a->layer, arena, &c->fwd);
+    if (st != DSA_OK) return st;
+    if (!(a->index_weight >= -FLT_MAX && a->index_weight <= FLT_MAX))
+        return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_layer_backward: index_weight is not finite");
+    c->n_rows = c->fwd.n_rows;
+    c->has_indexer = c->fwd.has_indexer;
+    c->wants_index = c->has_indexer && (a->index_weight != 0.0f || a->index_loss);
+    n = dsa__min64(c->n_rows, DSA_LAYER_TILE);
+    H = f->n_heads;
+    for (i = 0; i < a->layer.n_seqs; i++) {
+        int64_t len = a->layer.seqs[i].latent->len;
+        if (len < dsa__n_q(&a->layer.seqs[i]))
+            return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_layer_backward: a cache is shorter than n_q; the forward call comes first");
+        total += len;
+        longest = dsa__max64(longest, len);
+    }
+    c->n_columns = c->target_stride = a->layer.mode == DSA_LAYER_SPARSE ? f->top_k : longest;
+    c->d_latent     = (float *)dsa__take(arena, total, c->fwd.dim_qk, sizeof(float));
+    c->d_key        = (float *)dsa__take(arena, c->has_indexer ? total : 0, f->dim_index, sizeof(float));
+    c->latent_rows  = (float **)dsa__take(arena, a->layer.n_seqs, 1, sizeof(float *));
+    c->key_rows     = (float **)dsa__take(arena, a->layer.n_seqs, 1, sizeof(float *));
+    c->tile_latents = (float **)dsa__take(arena, n, 1, sizeof(float *));
+    c->tile_keys    = (float **)dsa__take(arena, n, 1, sizeof(float *));
+    c->qa       = (float *)dsa__take(arena, n, f->dim_q_lora, sizeof(float));
+    c->lse      = (float *)dsa__take(arena, n, H, sizeof(float));
+    c->d_qr     = (float *)dsa__take(arena, n, f->dim_q_lora, sizeof(float));
+    c->d_qa     = (float *)dsa__take(arena, n, f->dim_q_lora, sizeof(float));
+    c->d_q      = (float *)dsa__take(arena, n, H * c->fwd.dim_q, sizeof(float));
+    c->d_abs    = (float *)dsa__take(arena, n, H * c->fwd.dim_qk, sizeof(float));
+    c->d_olat   = (float *)dsa__take(arena, n, H * f->dim_latent, sizeof(float));
+    c->d_o      = (float *)dsa__take(arena, n, H * f->dim_v, sizeof(float));
+    c->d_iq     = (float *)dsa__take(arena, n, (int64_t)f->n_index_heads * f->dim_index, sizeof(float));
+    c->d_iw     = (float *)dsa__take(arena, n, f->n_index_heads, sizeof(float));
+    c->kv       = (float *)dsa__take(arena, n, c->fwd.dim_qk, sizeof(float));
+    c->d_kv     = (float *)dsa__take(arena, n, c->fwd.dim_qk, sizeof(float));
+    c->key      = (float *)dsa__take(arena, n, f->dim_index, sizeof(float));
+    c->d_key_in = (float *)dsa__take(arena, n, f->dim_index, sizeof(float));
+    c->target   = (float *)dsa__take(arena, c->wants_index ? n : 0, c->target_stride, sizeof(float));
+    c->mm       = (float *)dsa__take(arena, f->n_threads, DSA__MM_SCRATCH, sizeof(float));
+    st = dsa__attend_back_plan(ctx, arena, &c->attend);
+    if (st == DSA_OK) st = dsa__index_back_plan(ctx, c->n_columns, arena, &c->index);
+    if (st != DSA_OK) return st;
+    return arena->overflow ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "dsa_layer_backward: the workspace does not fit in size_t") : DSA_OK;
+}
+
+DSA_API dsa_status dsa_layer_backward_workspace(const dsa_ctx *ctx, const dsa_layer_backward_args *args, size_t *bytes)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    dsa__layer_back c;
+    dsa_status st = dsa__layer_back_plan(ctx, args, &arena, &c);
+    if (st != DSA_OK) return st;
+    if (!bytes) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_layer_backward: bytes is NULL");
+    *bytes = dsa__arena_bytes(&arena);
+    return DSA_OK;
+}
+
+/* The projections W_UK (which = 0) and W_UV (1) of every head: rows of kv_b. */
+static dsa__mm dsa__mm_kv_b(const dsa_ctx *ctx, const dsa_layer_weights *w, int64_t n, int which, float *scratch)
+{
+    const dsa_config *f = &ctx->config;
+    dsa__mm m = dsa__mm_of(ctx, &w->kv_b, n, f->dim_latent, which ? f->dim_v : f->dim_nope, scratch);
+    m.n_heads = f->n_heads;
+    m.step = (int64_t)f->dim_nope + f->dim_v;
+    m.first = which ? f->dim_nope : 0;
+    return m;
+}
+
+/* The queries of one tile: rows [row, row + n) of the call, those of fwd.seqs[0 .. n_seqs). */
+static dsa_status dsa__layer_back_queries(const dsa_ctx *ctx, dsa__layer_back *c, int64_t row, int64_t n, int32_t n_seqs)
+{
+    const dsa_config *f = &ctx->config;
+    const dsa_layer_backward_args *a = c->args;
+    const dsa_layer_weights *w = a->layer.weights;
+    const dsa_layer_grads *d = a->grads;
+    dsa__layer_call *s = &c->fwd;
+    const float *x = a->layer.x + row * f->dim_hidden, *dy = a->d_y ? a->d_y + row * f->dim_hidden : NULL;
+    const int64_t H = f->n_heads, dim_q = s->dim_q, dim_qk = s->dim_qk, R = f->dim_latent;
+    const int64_t index_dim = (int64_t)f->n_index_heads * f->dim_index;
+    const float index_scale = (float)(1.0 / sqrt((double)index_dim));
+    dsa_rope q_rope = dsa_config_rope(ctx, (int32_t)dim_q), i_rope = dsa_config_index_rope(ctx);
+    dsa__mm q_a = dsa__mm_of(ctx, &w->q_a, n, f->dim_hidden, f->dim_q_lora, c->mm);
+    dsa__mm q_b = dsa__mm_of(ctx, &w->q_b, n, f->dim_q_lora, H * dim_q, c->mm);
+    dsa__mm uk = dsa__mm_kv_b(ctx, w, n, 0, c->mm), uv = dsa__mm_kv_b(ctx, w, n, 1, c->mm);
+    dsa__mm o = dsa__mm_of(ctx, &w->o, n, H * f->dim_v, f->dim_hidden, c->mm);
+    dsa_attend_backward_args at;
+    dsa_attend_state state;
+    dsa__cursor cur;
+    int64_t t, h;
+    dsa_status st;
+
+    /* forward: qr, q, q_abs, then out and lse */
+    dsa__mm_forward(&q_a, x, c->qa);
+    memcpy(s->qr, c->qa, sizeof(float) * (size_t)(n * f->dim_q_lora));
+    (void)dsa_rms_norm(s->qr, n, f->dim_q_lora, f->dim_q_lora, s->q_norm, f->norm_eps);
+    dsa__mm_forward(&q_b, s->qr, s->q);
+    (void)dsa_rope_rows(s->q, n, H * dim_q, f->n_heads, dim_q, (int32_t)dim_q, &q_rope, s->positions, 0);
+    memset(s->q_abs, 0, sizeof(float) * (size_t)(n * H * dim_qk));
+    uk.ldx = H * dim_qk; uk.head_x = dim_qk;             /* its input is the latent side, q_abs; its output q_nope */
+    uk.ldy = H * dim_q;  uk.head_y = dim_q;
+    dsa__mm_backward(&uk, NULL, s->q, s->q_abs, NULL);
+    for (t = 0; t < n; t++)
+        for (h = 0; h < H; h++)
+            memcpy(s->q_abs + (t * H + h) * dim_qk + R, s->q + (t * H + h) * dim_q + f->dim_nope, sizeof(float) * (size_t)f->dim_rope);
+    memset(&at, 0, sizeof at);
+    at.attend.n_seqs = n_seqs;
+    at.attend.seqs = s->seqs;
+    at.attend.q = s->q_abs;
+    at.attend.what = a->layer.mode == DSA_LAYER_SPARSE ? DSA_ATTEND_LIST
+                   : (a->layer.mode == DSA_LAYER_DENSE ? DSA_ATTEND_VISIBLE : DSA_ATTEND_RANGE);
+    at.attend.indices = at.attend.what == DSA_ATTEND_LIST ? a->layer.indices_in + row * f->top_k : NULL;
+    at.attend.n_indices = f->top_k;
+    cur.seqs = s->seqs;
+    cur.seq = 0;
+    cur.first = 0;
+    for (t = 0; t < n; t++) {
+        const dsa_seq *seq = dsa__seek(&cur, t);
+        s->ke[t] = dsa__visible(&cur, seq, seq->latent, t);
+        s->ks[t] = dsa__max64(s->ke[t] - f->top_k, 0);
+    }
+    at.attend.ks = s->ks;
+    at.attend.ke = s->ke;
+    at.attend.workspace = s->shared;
+    at.attend.workspace_size = s->shared_size;
+    state.n_rows = n;
+    state.n_heads = f->n_heads;
+    state.dim_v = f->dim_latent;
+    state.max = s->max;
+    state.sum = s->sum;
+    state.out = s->o_lat;
+    st = dsa__attend_fused(ctx, &at.attend, &state, 1, NULL, c->lse, NULL);
+    if (st != DSA_OK) return st;
+
+    /* backward: y -> o -> o_lat -> q_abs -> q -> qr -> x */
+    at.out = s->o_lat;
+    at.lse = c->lse;
+    if (c->wants_index) {
+        at.target = c->target;
+        at.target_stride = c->target_stride;
+    }
+    if (dy) {
+        uv.ldx = H * R;        uv.head_x = R;
+        uv.ldy = H * f->dim_v; uv.head_y = f->dim_v;
+        dsa__mm_forward(&uv, s->o_lat, s->o);
+        memset(c->d_o, 0, sizeof(float) * (size_t)(n * H * f->dim_v));
+        memset(c->d_olat, 0, sizeof(float) * (size_t)(n * H * R));
+        memset(c->d_abs, 0, sizeof(float) * (size_t)(n * H * dim_qk));
+        memset(c->d_qr, 0, sizeof(float) * (size_t)(n * f->dim_q_lora));
+        memset(c->d_qa, 0, sizeof(float) * (size_t)(n * f->dim_q_lora));
+        dsa__mm_backward(&o, s->o, dy, c->d_o, d->o);
+        dsa__mm_backward(&uv, s->o_lat, c->d_o, c->d_olat, d->kv_b);
+        at.d_out = c->d_olat;
+        at.d_q = c->d_abs;
+        at.d_latent = (float *const *)c->tile_latents;
+    }
+    c->attend.n_rows = n;
+    if (dy || c->wants_index) dsa__attend_back_run(&c->attend, &at, 1);
+    if (dy) {
+        dsa__mm_forward(&uk, c->d_abs, c->d_q);
+        if (d->kv_b) dsa__mm_backward(&uk, c->d_abs, s->q, NULL, d->kv_b);
+        for (t = 0; t < n; t++)
+            for (h = 0; h < H; h++)
+                memcpy(c->d_q + (t * H + h) * dim_q + f->dim_nope, c->d_abs + (t * H + h) * dim_qk + R,
+                       sizeof(float) * (size_t)f->dim_rope);
+        (void)dsa_rope_rows(c->d_q, n, H * dim_q, f->n_heads, dim_q, (int32_t)dim_q, &q_rope, s->positions, 1);
+        dsa__mm_backward(&q_b, s->qr, c->d_q, c->d_qr, d->q_b);
+        (void)dsa_rms_norm_backward(c->qa, c->d_qr, n, f->dim_q_lora, f->dim_q_lora, s->q_norm, f->norm_eps, c->d_qa, d->q_a_norm);
+        dsa__mm_backward(&q_a, x, c->d_qa, a->d_x ? a->d_x + row * f->dim_hidden : NULL, d->q_a);
+    }
+    if (a->index_loss) memset(a->index_loss + row, 0, sizeof(float) * (size_t)n);
+    if (!c->wants_index) return DSA_OK;
+
+    /* the indexer: KL -> q_I, w, k_I; x and qr are constants to it */
+    {
+        dsa__mm iq = dsa__mm_of(ctx, &w->index_q_b, n, f->dim_q_lora, index_dim, c->mm);
+        dsa__mm iw = dsa__mm_of(ctx, &w->index_w, n, f->dim_hidden, f->n_index_heads, c->mm);
+        dsa_index_backward_args ix;
+        memset(&ix, 0, sizeof ix);
+        dsa__mm_forward(&iq, s->qr, s->index_q);
+        (void)dsa_rope_rows(s->index_q, n, index_dim, f->n_index_heads, f->dim_index, f->dim_index, &i_rope, s->positions, 0);
+        dsa__mm_forward(&iw, x, s->index_w);
+        for (t = 0; t < n * f->n_index_heads; t++) s->index_w[t] *= index_scale;
+        memset(c->d_iq, 0, sizeof(float) * (size_t)(n * index_dim));
+        memset(c->d_iw, 0, sizeof(float) * (size_t)(n * f->n_index_heads));
+        ix.set = at.attend;
+        ix.q = s->index_q;
+        ix.w = s->index_w;
+        ix.target = c->target;
+        ix.stride = c->target_stride;
+        ix.weight = a->index_weight;
+        ix.loss = a->index_loss ? a->index_loss + row : NULL;
+        ix.d_q = c->d_iq;
+        ix.d_w = c->d_iw;
+        ix.d_key = (float *const *)c->tile_keys;
+        c->index.n_rows = n;
+        dsa__index_back_run(&c->index, &ix, 1);
+        (void)dsa_rope_rows(c->d_iq, n, index_dim, f->n_index_heads, f->dim_index, f->dim_index, &i_rope, s->positions, 1);
+        for (t = 0; t < n * f->n_index_heads; t++) c->d_iw[t] *= index_scale;
+        dsa__mm_backward(&iq, s->qr, c->d_iq, NULL, d->index_q_b);
+        dsa__mm_backward(&iw, x, c->d_iw, NULL, d->index_w);
+    }
+    return DSA_OK;
+}
+
+/* The latents and keys of one tile, whose gradients are complete: the call's rows [row, row + n). */
+static void dsa__layer_back_rows(const dsa_ctx *ctx, dsa__layer_back *c, int64_t row, int64_t n, int32_t n_seqs)
+{
+    const dsa_config *f = &ctx->config;
+    const dsa_layer_backward_args *a = c->args;
+    const dsa_layer_weights *w = a->layer.weights;
+    const dsa_layer_grads *d = a->grads;
+    dsa__layer_call *s = &c->fwd;
+    const float *x = a->layer.x + row * f->dim_hidden;
+    const int64_t dim_qk = s->dim_qk;
+    dsa_rope kv_rope = dsa_config_rope(ctx, (int32_t)dim_qk), i_rope = dsa_config_index_rope(ctx);
+    int64_t t = 0, i;
+    int32_t q;
+    for (q = 0; q < n_seqs; q++) {                       /* the tile's rows out of their sequences' arrays, which are not needed again */
+        int64_t rows = dsa__n_q(&s->seqs[q]), first = s->seqs[q].len - rows;
+        memcpy(s->kv + t * dim_qk, c->tile_latents[q] + first * dim_qk, sizeof(float) * (size_t)(rows * dim_qk));
+        if (c->has_indexer)
+            memcpy(s->key + t * f->dim_index, c->tile_keys[q] + first * f->dim_index, sizeof(float) * (size_t)(rows * f->dim_index));
+        t += rows;
+    }
+    if (a->d_y) {
+        dsa__mm kv_a = dsa__mm_of(ctx, &w->kv_a, n, f->dim_hidden, dim_qk, c->mm);
+        (void)dsa_rope_rows(s->kv, n, dim_qk, 1, 0, (int32_t)dim_qk, &kv_rope, s->positions, 1);
+        dsa__mm_forward(&kv_a, x, c->kv);
+        memset(c->d_kv, 0, sizeof(float) * (size_t)(n * dim_qk));
+        (void)dsa_rms_norm_backward(c->kv, s->kv, n, dim_qk, f->dim_latent, s->kv_norm, f->norm_eps, c->d_kv, d->kv_a_norm);
+        for (i = 0; i < n; i++)
+            memcpy(c->d_kv + i * dim_qk + f->dim_latent, s->kv + i * dim_qk + f->dim_latent, sizeof(float) * (size_t)f->dim_rope);
+        dsa__mm_backward(&kv_a, x, c->d_kv, a->d_x ? a->d_x + row * f->dim_hidden : NULL, d->kv_a);
+    }
+    if (c->wants_index) {
+        dsa__mm k = dsa__mm_of(ctx, &w->index_k, n, f->dim_hidden, f->dim_index, c->mm);
+        (void)dsa_rope_rows(s->key, n, f->dim_index, 1, 0, f->dim_index, &i_rope, s->positions, 1);
+        dsa__mm_forward(&k, x, c->key);
+        memset(c->d_key_in, 0, sizeof(float) * (size_t)(n * f->dim_index));
+        (void)dsa_layer_norm_backward(c->key, s->key, n, f->dim_index, f->dim_index, s->k_norm, f->index_norm_eps, c->d_key_in,
+                                      d->index_k_norm, d->index_k_bias);
+        dsa__mm_backward(&k, x, c->d_key_in, NULL, d->index_k);
+    }
+}
+
+/* Cuts the call into tiles, for the queries (pass 0) and the rows (pass 1). */
+static dsa_status dsa__layer_back_pass(const dsa_ctx *ctx, dsa__layer_back *c, int pass)
+{
+    const dsa_layer_args *a = &c->args->layer;
+    int64_t row, n, used = 0, i;
+    int32_t seq = 0, n_seqs;
+    dsa_status st = DSA_OK;
+    for (row = 0; row < c->n_rows && st == DSA_OK; row += n) {
+        for (n = 0, n_seqs = 0; n < DSA_LAYER_TILE && seq < a->n_seqs; ) {
+            dsa_seq *s = &c->fwd.seqs[n_seqs];
+            int64_t n_q = dsa__n_q(&a->seqs[seq]), take = dsa__min64(n_q - used, DSA_LAYER_TILE - n);
+            if (take > 0) {
+                int64_t first = a->seqs[seq].latent->len - n_q + used;
+                *s = a->seqs[seq];
+                s->n_q = (int32_t)take;
+                s->len = first + take;
+                c->tile_latents[n_seqs] = c->latent_rows[seq];
+                c->tile_keys[n_seqs] = c->key_rows[seq];
+                for (i = 0; i < take; i++) c->fwd.positions[n + i] = a->positions ? a->positions[row + n + i] : first + i;
+                n_seqs++;
+                n += take;
+                used += take;
+            }
+            if (used >= n_q) { seq++; used = 0; }
+        }
+        if (pass == 0) st = dsa__layer_back_queries(ctx, c, row, n, n_seqs);
+        else dsa__layer_back_rows(ctx, c, row, n, n_seqs);
+    }
+    return st;
+}
+
+DSA_API dsa_status dsa_layer_backward(const dsa_ctx *ctx, const dsa_layer_backward_args *a)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    dsa__layer_back c;
+    const dsa_config *f;
+    int64_t at = 0;
+    int32_t i;
+    dsa_status st = dsa__layer_back_plan(ctx, a, &arena, &c);
+    if (st != DSA_OK) return st;
+    f = &ctx->config;
+    if (c.n_rows == 0) return DSA_OK;
+    if (!a->layer.x) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_layer_backward: x is NULL");
+    if (a->layer.mode == DSA_LAYER_SPARSE && !a->layer.indices_in)
+        return dsa__fail(ctx, DSA_ERR_NULL, "dsa_layer_backward: indices_in, the lists that the forward call used, is NULL");
+    st = dsa__arena_check(ctx, &arena, a->layer.workspace, a->layer.workspace_size);
+    if (st != DSA_OK) return st;
+    arena = dsa__arena_over(a->layer.workspace);
+    st = dsa__layer_back_plan(ctx, a, &arena, &c);
+    DSA__CARVED(st, arena, a->layer.workspace_size);
+    dsa__weight_row(&a->layer.weights->q_a_norm, 0, f->dim_q_lora, c.fwd.q_norm);
+    dsa__weight_row(&a->layer.weights->kv_a_norm, 0, f->dim_latent, c.fwd.kv_norm);
+    if (c.has_indexer) {
+        dsa__weight_row(&a->layer.weights->index_k_norm, 0, f->dim_index, c.fwd.k_norm);
+        dsa__weight_row(&a->layer.weights->index_k_bias, 0, f->dim_index, c.fwd.k_bias);
+    }
+    for (i = 0; i < a->layer.n_seqs; i++) {
+        int64_t len = a->layer.seqs[i].latent->len;
+        c.latent_rows[i] = c.d_latent + at * c.fwd.dim_qk;
+        c.key_rows[i] = c.has_indexer ? c.d_key + at * f->dim_index : NULL;
+        at += len;
+    }
+    memset(c.d_latent, 0, sizeof(float) * (size_t)(at * c.fwd.dim_qk));
+    if (c.has_indexer) memset(c.d_key, 0, sizeof(float) * (size_t)(at * f->dim_index));
+    st = dsa__layer_back_pass(ctx, &c, 0);
+    if (st == DSA_OK) st = dsa__layer_back_pass(ctx, &c, 1);
     DSA_ASSERT(st == DSA_OK);
     return st;
 }

@@ -9,6 +9,7 @@ SUITE_EXTERN(cache_suite);
 SUITE_EXTERN(attend_suite);
 SUITE_EXTERN(step_suite);
 SUITE_EXTERN(layer_suite);
+SUITE_EXTERN(backward_suite);
 SUITE_EXTERN(threads_suite);
 SUITE_EXTERN(random_suite);
 SUITE_EXTERN(errors_suite);
@@ -42,6 +43,7 @@ int main(int argc, char **argv)
     RUN_SUITE_PER_ISA(attend_suite);
     RUN_SUITE_PER_ISA(step_suite);
     RUN_SUITE_PER_ISA(layer_suite);
+    RUN_SUITE_PER_ISA(backward_suite);
     RUN_SUITE_PER_ISA(threads_suite);
     RUN_SUITE_PER_ISA(random_suite);
     RUN_SUITE(errors_suite);

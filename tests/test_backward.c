@@ -4,7 +4,7 @@
 #include "ref_layer.h"
 #include "../examples/safetensors.h"
 
-/* max |got - want| <= 1e-5 max |want|: the bound against f64. A gradient that vanishes is measured against `floor`. */
+/* max |got - want| <= 1e-5 max |want| */
 #define GRADIENT 1e-5
 
 static double largest(const double *x, int64_t n)
@@ -815,6 +815,177 @@ TEST a_batch_of_layers(void)
     PASS();
 }
 
+/* ---- PyTorch's gradients in float64 (tools/make_backward_vectors.py) ------------------------------ */
+static st_file torch_file;
+static const void *torch_data(const char *name, const char *what, int64_t *n)
+{
+    char full[80];
+    snprintf(full, sizeof full, "%s.%s", name, what);
+    const st_tensor *t = st_find(&torch_file, full);
+    if (t == NULL) { fprintf(stderr, "test vectors: tensor %s is missing\n", full); abort(); }
+    if (n) *n = t->count;
+    return t->data;
+}
+static double torch_error(const char *name, const char *what, const float *got)
+{
+    int64_t n;
+    const float *want = (const float *)torch_data(name, what, &n);
+    double worst = 0, scale = 0;
+    for (int64_t i = 0; i < n; i++) {
+        double e = fabs((double)got[i] - (double)want[i]);
+        if (!(e <= worst)) worst = e;
+        scale = fmax(scale, fabs((double)want[i]));
+    }
+    if (!(worst <= GRADIENT * scale)) printf("\n  %s.%s", name, what);
+    return worst / scale;
+}
+static const js_value *torch_config(js_value **all, const char *name)
+{
+    char why[100];
+    const char *text = st_metadata(&torch_file, "config");
+    *all = text ? js_parse(text, strlen(text), why, sizeof why) : NULL;
+    const js_value *c = js_get(*all, name);
+    if (c == NULL) { fprintf(stderr, "test vectors: the config of %s is missing\n", name); abort(); }
+    return c;
+}
+static int32_t number(const js_value *c, const char *key) { return (int32_t)js_number(js_get(c, key)); }
+
+TEST torch_layer(const char *name)
+{
+    bag b = { NULL, 0 };
+    js_value *all;
+    const js_value *j = torch_config(&all, name);
+    dsa_config c;
+    dsa_ctx ctx;
+    memset(&c, 0, sizeof c);
+    c.n_heads = number(j, "n_heads");
+    c.dim_latent = number(j, "dim_latent");
+    c.dim_rope = number(j, "dim_rope");
+    c.n_index_heads = number(j, "n_index_heads");
+    c.dim_index = number(j, "dim_index");
+    c.top_k = number(j, "top_k");
+    c.dim_hidden = number(j, "dim_hidden");
+    c.dim_q_lora = number(j, "dim_q_lora");
+    c.dim_nope = number(j, "dim_nope");
+    c.dim_v = number(j, "dim_v");
+    c.rope_factor = js_number(js_get(j, "rope_factor"));
+    c.rope_original_context = js_number(js_get(j, "rope_original_context"));
+    c.index_rope_interleaved = number(j, "index_rope_interleaved");
+    c.index_rope_width = number(j, "index_rope_width");
+    c.isa = test_isa;
+    OK(dsa_init(&ctx, &c));
+    const int sparse = strcmp(js_string(js_get(j, "mode")), "sparse") == 0;
+    float *grads_all[12], *w[12];
+    dsa_layer_weights lw;
+    dsa_tensor tensors[12];
+    for (int i = 0; i < n_weights; i++) {
+        char what[40];
+        int64_t n;
+        snprintf(what, sizeof what, "w.%s", weight_names[i]);
+        const void *data = torch_data(name, what, &n);
+        ASSERT_EQ_FMT(weight_size(&ctx.config, i), n, "%ld");
+        w[i] = floats(&b, n);
+        memcpy(w[i], data, (size_t)n * 4);
+        tensors[i] = f32_of(w[i]);
+    }
+    memcpy(&lw, tensors, sizeof lw);
+    int64_t n_x;
+    const float *x = (const float *)torch_data(name, "x", &n_x);
+    const int32_t T = (int32_t)(n_x / c.dim_hidden);
+    const int64_t *positions = (const int64_t *)torch_data(name, "positions", NULL);
+    const int32_t *want_lists = (const int32_t *)torch_data(name, "lists", NULL);
+    dsa_cache_desc d = desc_of(DSA_LATENT, DSA_F32, T, 0);
+    dsa_cache latent = cache_of(&b, &ctx, &d), index;
+    d.kind = DSA_INDEX_KEY;
+    index = cache_of(&b, &ctx, &d);
+    dsa_seq s = seq_of(&latent, &index, T);
+    float *y = floats(&b, n_x), *dx = zeros(&b, n_x), *kl = floats(&b, T);
+    int32_t *lists = ints(&b, T * c.top_k);
+    dsa_layer_args f;
+    memset(&f, 0, sizeof f);
+    f.weights = &lw;
+    f.n_seqs = 1;
+    f.seqs = &s;
+    f.x = x;
+    f.y = y;
+    f.positions = positions;
+    f.mode = sparse ? DSA_LAYER_SPARSE : DSA_LAYER_DENSE;
+    f.indices_out = sparse ? lists : NULL;
+    OK(layer(&b, &ctx, f));
+    WITHIN(GRADIENT, torch_error(name, "y", y));
+    if (sparse) ASSERT_MEM_EQ(want_lists, lists, (size_t)(T * c.top_k) * 4);
+    dsa_layer_backward_args a;
+    memset(&a, 0, sizeof a);
+    a.layer = f;
+    a.layer.indices_out = NULL;
+    a.layer.indices_in = f.indices_out;
+    a.d_y = (const float *)torch_data(name, "d_y", NULL);
+    a.d_x = dx;
+    dsa_layer_grads g = grads_of(&b, &ctx.config, grads_all);
+    a.grads = &g;
+    a.index_weight = (float)js_number(js_get(j, "index_weight"));
+    a.index_loss = kl;
+    OK(layer_backward(&b, &ctx, a));
+    WITHIN(GRADIENT, torch_error(name, "d_x", dx));
+    WITHIN(GRADIENT, torch_error(name, "kl", kl));
+    for (int i = 0; i < n_weights; i++) {
+        char what[40];
+        snprintf(what, sizeof what, "d.%s", weight_names[i]);
+        WITHIN(GRADIENT, torch_error(name, what, grads_all[i]));
+    }
+    js_free(all);
+    END(b);
+}
+
+TEST torch_sinks(void)
+{
+    bag b = { NULL, 0 };
+    js_value *all;
+    const js_value *j = torch_config(&all, "sinks");
+    dsa_config c;
+    dsa_ctx ctx;
+    memset(&c, 0, sizeof c);
+    c.n_heads = number(j, "n_heads");
+    c.dim_latent = number(j, "dim_latent");
+    c.dim_rope = number(j, "dim_rope");
+    c.top_k = number(j, "top_k");
+    c.softmax_scale = (float)js_number(js_get(j, "softmax_scale"));
+    c.isa = test_isa;
+    OK(dsa_init(&ctx, &c));
+    int64_t n_q, n_kv;
+    const float *q = (const float *)torch_data("sinks", "q", &n_q), *kv = (const float *)torch_data("sinks", "kv", &n_kv);
+    const int32_t W = c.dim_latent + c.dim_rope, N = (int32_t)(n_kv / W), T = (int32_t)(n_q / W / c.n_heads);
+    dsa_cache_desc d = desc_of(DSA_LATENT, DSA_F32, N, 0);
+    dsa_cache latent = cache_of(&b, &ctx, &d);
+    OK(append(&ctx, &latent, NULL, N, kv, NULL));
+    dsa_seq s = seq_of(&latent, NULL, T);
+    float *out = floats(&b, n_q), *lse = floats(&b, n_q), *d_q = zeros(&b, n_q), *d_kv = zeros(&b, n_kv), *d_sinks = zeros(&b, c.n_heads);
+    dsa_attend_backward_args a;
+    size_t bytes = 0;
+    memset(&a, 0, sizeof a);
+    a.attend.n_seqs = 1;
+    a.attend.seqs = &s;
+    a.attend.q = q;
+    a.attend.indices = (const int32_t *)torch_data("sinks", "lists", NULL);
+    a.sinks = (const float *)torch_data("sinks", "sinks", NULL);
+    OK(attend(&b, &ctx, a.attend, T, c.n_heads, c.dim_latent, a.sinks, out, lse, NULL));
+    a.out = out;
+    a.lse = lse;
+    a.d_out = (const float *)torch_data("sinks", "d_out", NULL);
+    a.d_q = d_q;
+    a.d_latent = &d_kv;
+    a.d_sinks = d_sinks;
+    OK(dsa_attend_backward_workspace(&ctx, &a, &bytes));
+    a.attend.workspace = work(&b, bytes);
+    a.attend.workspace_size = bytes;
+    OK(dsa_attend_backward(&ctx, &a));
+    WITHIN(GRADIENT, torch_error("sinks", "d_q", d_q));
+    WITHIN(GRADIENT, torch_error("sinks", "d_kv", d_kv));
+    WITHIN(GRADIENT, torch_error("sinks", "d_sinks", d_sinks));
+    js_free(all);
+    END(b);
+}
+
 SUITE(backward_suite)
 {
     const set_case sets[] = {
@@ -858,4 +1029,14 @@ SUITE(backward_suite)
     CASE("yarn", a_layer, yarn, DSA_LAYER_SPARSE);
     CASE("narrow", a_layer, narrow, DSA_LAYER_DENSE);
     RUN_TEST(a_batch_of_layers);
+    char err[300];
+    if (st_open("tests/vectors/backward/torch.safetensors", &torch_file, err, sizeof err) != 0) {
+        fprintf(stderr, "%s (run from the root of the repository)\n", err);
+        abort();
+    }
+    CASE("sparse", torch_layer, "sparse");
+    CASE("dense", torch_layer, "dense");
+    CASE("glm_yarn", torch_layer, "glm_yarn");
+    RUN_TEST(torch_sinks);
+    st_close(&torch_file);
 }

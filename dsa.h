@@ -4108,6 +4108,7 @@ static const dsa__kernels dsa__kernels_neon_dot = {
     dsa__query_round_f32x8, dsa__query_bytes_neon_dot, dsa__query_pack_neon_dot, dsa__score_bytes_f32x8, dsa__score_neon_dot,
     dsa__attend_query_bytes_f32x8, dsa__attend_pack_f32x8, dsa__attend_bytes_f32x8, dsa__attend_f32x8,
     dsa__ref_dots, dsa__ref_axpys,
+    dsa__madd_f32x8, dsa__weights_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__ref_filter, dsa__ref_count, dsa__ref_keep
 };
 
@@ -6830,7 +6831,7 @@ static void dsa__attend_back_run(dsa__attend_back *c, const dsa_attend_backward_
 
 static dsa_status dsa__attend_back_check(const dsa_ctx *ctx, const dsa_attend_backward_args *a, dsa__arena *arena, dsa__attend_back *c)
 {
-    int64_t n_rows, n_columns;
+    int64_t n_rows, n_columns = 0;
     dsa_status st = dsa__ctx_check(ctx);
     if (st != DSA_OK) return st;
     if (!a) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_attend_backward: args is NULL");
@@ -7045,7 +7046,7 @@ static void dsa__index_back_run(dsa__index_back *c, const dsa_index_backward_arg
 
 static dsa_status dsa__index_back_check(const dsa_ctx *ctx, const dsa_index_backward_args *a, dsa__arena *arena, dsa__index_back *c)
 {
-    int64_t n_rows, n_columns;
+    int64_t n_rows, n_columns = 0;
     dsa_status st = dsa__ctx_check(ctx);
     if (st != DSA_OK) return st;
     if (!a) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_index_backward: args is NULL");

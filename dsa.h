@@ -49,18 +49,19 @@
      >>attend       4. attention over what was selected, as an accumulator
      >>step         append, score, select and attend in one call
      >>layer        5. one attention layer, hidden states in and out
-     >>backward     6. gradients of the attention, the indexer and the layer
+     >>backward     6. gradients of norms, projections, attention and the indexer
+     >>layer_backward 7. gradients of the layer
      >>end          of the implementation
      >>revisions    what changed, and the licence */
 
 /* ============================================================================================
    >>manual                                   what it computes, how to call it, what it promises
    ============================================================================================
-   Chapters: WHAT IT DOES NOT DO, ALGORITHM, LAYER, CALLS, BATCHES, LAYOUTS, ROUNDING, CONTRACTS, THREADS, MEMORY, ERRORS,
+   Chapters: WHAT IT DOES NOT DO, ALGORITHM, LAYER, CALLS, BATCHES, BACKWARD, LAYOUTS, ROUNDING, CONTRACTS, THREADS, MEMORY, ERRORS,
    OPTIONS, CONVENTIONS, PEERS, LIMITS, SOURCES.
 
    WHAT IT DOES NOT DO
-     No model: no files, tokens, embeddings, MLP or experts, no residual; the layer ends at o_proj. No training (backward).
+     No model: no files, tokens, embeddings, MLP or experts, no residual; the layer ends at o_proj. Backward passes, but no optimiser.
      CPU only in this version: DSA_DEVICE_CUDA is refused with DSA_ERR_NO_DEVICE. DeepSeek-V4's compressed caches (584-byte
      rows, FP4 keys) are not there. No eviction from the front of a cache, no rings. It never allocates behind your back,
      prints, exits, or keeps global state.
@@ -152,6 +153,33 @@
      Shards (examples/05_sharded_attention.c): each scores its rows and keeps k with scores; make the positions global; merge
      with dsa_merge_topk; each attends to its part of the merged list (foreign positions are skipped); merge the partials.
      With several queries give ks and ke: the visibility rule would take a shard for the whole sequence.
+
+   BACKWARD (examples/train_dsa.c trains a model from nothing with it)
+     dsa_layer_backward    all of a layer's gradients: weights, x, and the indexer's loss     from weights
+     dsa_attend_backward   dq, dkv, dz, and the indexer's target p                            an engine that has its own projections
+     dsa_index_backward    dq_I, dw, dk_I from dI, or from the KL loss
+     dsa_linear, dsa_linear_backward, dsa_rms_norm_backward, dsa_layer_norm_backward          the pieces, for the rest of a model
+     RoPE's backward is dsa_rope_rows turned round (inverse), Hadamard's is Hadamard.
+     Attention, x_s = scale <q, kv_s>, from the saved lse (L: with the sink z, if any), nothing of size [H, L] kept between the calls:
+         delta = <out, dout>        P_s = e^(x_s - L)        dS_s = scale P_s (<dout, c_s> - delta)
+         dq = Sum_s dS_s kv_s       dkv_s += dS_s q + P_s dout        dz -= e^(z - L) delta
+     Indexer: g = dI, d[h,s] = <q_I[h], k_I[s]>, ReLU' = 0 at 0:
+         u[h,s] = g_s w[h] ReLU'(d[h,s])
+         dw[h] = Sum_s g_s ReLU(d[h,s])     dq_I[h] = Sum_s u[h,s] k_I[s]     dk_I[s] += Sum_h u[h,s] q_I[h]
+     The recipe (DeepSeek-V3.2-Exp, spec 8). Top-k has no gradient. The indexer learns from its own loss only, whose inputs x and qr and
+     whose target are constants; all else learns from the language model's loss only:
+         p_s = Sum_h P[h,s] / Sum_s Sum_h P[h,s]      KL_t = Sum_s p_s (ln p_s - ln softmax(I)_s)      dI_s = weight (softmax(I)_s - p_s)
+         warm-up        mode DENSE, d_y NULL: the main model is frozen, S_t = all visible rows
+         sparse stage   mode SPARSE with d_y: S_t = the selected rows, the forward call's indices_out given as indices_in
+     A step of one layer, its caches empty before the forward call, gradients cleared:
+         dsa_layer(&ctx, &forward);                                     // y; caches and lists are all that is kept
+         dsa_layer_backward_args back = { .layer = forward, .d_y = d_y, .d_x = d_x, .grads = &grads, .index_weight = 1.0f / rows };
+         back.layer.indices_in = lists;  back.layer.indices_out = NULL; // and this call's own workspace
+         dsa_layer_backward(&ctx, &back);
+     Every d_ array is added to: clear it first. Train over F32 caches; over rounded ones the gradient is that of the f32 formula at the
+     rounded rows. No number of threads changes a bit; sums over queries (rows, weights, sinks) may move in the last bits with the batch.
+     Workspaces: dsa_attend_backward's does not depend on lengths; the indexer's and the layer's grow with the longest sequence. Held
+     by the tests: max |error| <= 1e-5 max |gradient| against central differences in double and PyTorch's float64.
 
    LAYOUTS (any alignment; numbers in the machine's byte order, little-endian where caches are exchanged; dsa_row_bytes and
    dsa_page_bytes compute the sizes)
@@ -844,7 +872,7 @@ DSA_API dsa_status dsa_layer_workspace(const dsa_ctx *ctx, const dsa_layer_args 
 DSA_API dsa_status dsa_layer(const dsa_ctx *ctx, const dsa_layer_args *args);
 #define DSA_LAYER_TILE 32
 
-/* ---- 6. backward -------------------------------------------------------------------------- */
+/* ---- 6. and 7. backward ------------------------------------------------------------------- */
 /* d_x is the derivative of one scalar loss by x: f32, x's shape. Every d_ array that a call puts out is added to (clear it first),
    so parts, chunks and micro-batches sum up; NULL where it is not wanted. The manual's chapter BACKWARD has the formulas.
    Hadamard is its own backward; that of dsa_rope_rows is the same call with inverse turned round. */
@@ -1709,6 +1737,26 @@ static void dsa__ref_weights(int32_t n, int32_t lanes, float scale, const float 
         }
 }
 
+/* Heads side by side: y[d][h] = x[h][d] for h < n, 0 for the others up to `lanes`. */
+static void dsa__ref_turn(int32_t n, int32_t lanes, int32_t dim, const float *x, float *y)
+{
+    int32_t d, h;
+    for (d = 0; d < dim; d++)
+        for (h = 0; h < lanes; h++) y[(int64_t)d * lanes + h] = h < n ? x[(int64_t)h * dim + d] : 0.0f;
+}
+
+/* x[i] becomes e^(x[i] - max); returns their sum. -inf becomes 0. */
+static float dsa__ref_exps(int64_t n, float max, float *x)
+{
+    float sum = 0.0f;
+    int64_t i;
+    for (i = 0; i < n; i++) {
+        x[i] = x[i] == -dsa__infinity() ? 0.0f : dsa__exp(x[i] - max);
+        sum += x[i];
+    }
+    return sum;
+}
+
 /* I[j] = Sum_h w[h] ReLU(d[j][h])      d [n][ld], h < lanes */
 static void dsa__ref_fold(int32_t n, int32_t lanes, const float *w, const float *d, int64_t ld, float *I)
 {
@@ -1759,6 +1807,8 @@ typedef struct dsa__kernels {
     void (*madd)(int64_t m, int64_t n, int64_t depth, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t ldb,
                  float *c, int64_t ldc);
     void (*weights)(int32_t n, int32_t lanes, float scale, const float *L, const float *delta, float *x, float *dp, int64_t ld);
+    void (*turn)(int32_t n, int32_t lanes, int32_t dim, const float *x, float *y);
+    float (*exps)(int64_t n, float max, float *x);
     void (*fold)(int32_t n, int32_t lanes, const float *w, const float *d, int64_t ld, float *I);
     void (*unfold)(int32_t n, int32_t lanes, const float *w, const float *g, float *d, int64_t ld, float *dw);
     /* selection: dsa__ref_filter, dsa__ref_count, dsa__ref_keep */
@@ -2880,7 +2930,7 @@ DSA__F32X8_INLINE void dsa__madd_tile8(const int rows, const int vecs, int64_t d
     }
 }
 
-/* All rows of one column of tiles. */
+/* All rows of one column of tiles; tall is 4, 6 or 8. */
 DSA__F32X8_INLINE void dsa__madd_column8(const int tall, const int vecs, int64_t m, int64_t depth, const float *a, int64_t a_row,
                                          int64_t a_col, const float *b, int64_t ldb, float *c, int64_t ldc)
 {
@@ -2894,22 +2944,26 @@ DSA__F32X8_INLINE void dsa__madd_column8(const int tall, const int vecs, int64_t
     if (m == 1) dsa__madd_tile8(1, vecs, depth, a, a_row, a_col, b, ldb, c, ldc);
 }
 
+#define DSA__MADD_DEPTH 64                               /* rows of b at a time: three vectors of each stay in L1 whatever their stride */
+
 static DSA__F32X8 void dsa__madd_f32x8(int64_t m, int64_t n, int64_t depth, const float *a, int64_t a_row, int64_t a_col,
                                        const float *b, int64_t ldb, float *c, int64_t ldc)
 {
-    int64_t at, i, k;
-    for (; n >= 24; n -= 24, b += 24, c += 24) dsa__madd_column8(4, 3, m, depth, a, a_row, a_col, b, ldb, c, ldc);
-    for (; n >= 16; n -= 16, b += 16, c += 16) dsa__madd_column8(4, 2, m, depth, a, a_row, a_col, b, ldb, c, ldc);
-    for (; n >= 8; n -= 8, b += 8, c += 8) dsa__madd_column8(8, 1, m, depth, a, a_row, a_col, b, ldb, c, ldc);
-    for (at = 0; n > 0 && at < depth; at += 64) {         /* the last columns through a copy with eight */
-        const int64_t part = dsa__min64(64, depth - at);
-        const size_t size = sizeof(float) * (size_t)n;
-        float wide[64 * 8] = {0}, last[8] = {0};
-        for (k = 0; k < part; k++) memcpy(wide + 8 * k, b + (at + k) * ldb, size);
-        for (i = 0; i < m; i++) {
-            memcpy(last, c + i * ldc, size);
-            dsa__madd_tile8(1, 1, part, a + i * a_row + at * a_col, 0, a_col, wide, 8, last, 8);
-            memcpy(c + i * ldc, last, size);
+    int64_t at, part, j, i, k;
+    for (at = 0; at < depth; at += part, a += part * a_col, b += part * ldb) {
+        part = dsa__min64(DSA__MADD_DEPTH, depth - at);
+        for (j = 0; j + 24 <= n; j += 24) dsa__madd_column8(4, 3, m, part, a, a_row, a_col, b + j, ldb, c + j, ldc);
+        for (; j + 16 <= n; j += 16) dsa__madd_column8(6, 2, m, part, a, a_row, a_col, b + j, ldb, c + j, ldc);
+        for (; j + 8 <= n; j += 8) dsa__madd_column8(8, 1, m, part, a, a_row, a_col, b + j, ldb, c + j, ldc);
+        if (j < n) {                                     /* the last columns through a copy with eight */
+            const size_t size = sizeof(float) * (size_t)(n - j);
+            float wide[DSA__MADD_DEPTH * 8] = {0}, last[8] = {0};
+            for (k = 0; k < part; k++) memcpy(wide + 8 * k, b + k * ldb + j, size);
+            for (i = 0; i < m; i++) {
+                memcpy(last, c + i * ldc + j, size);
+                dsa__madd_tile8(1, 1, part, a + i * a_row, 0, a_col, wide, 8, last, 8);
+                memcpy(c + i * ldc + j, last, size);
+            }
         }
     }
 }
@@ -2929,6 +2983,39 @@ static DSA__F32X8 void dsa__weights_f32x8(int32_t n, int32_t lanes, float scale,
             if (pj) dsa__store8(pj, dsa__mul8(dsa__mul8(f, p), dsa__sub8(dsa__load8(pj), mean)));
         }
     }
+}
+
+static DSA__F32X8 void dsa__turn_f32x8(int32_t n, int32_t lanes, int32_t dim, const float *x, float *y)
+{
+    int32_t h, d;
+    for (h = 0; h < lanes; h += 8) {
+        for (d = 0; n - h >= 8 && d + 8 <= dim; d += 8) dsa__transpose8(x + (int64_t)h * dim + d, dim, y + (int64_t)d * lanes + h, lanes);
+        for (; d < dim; d++) {
+            int32_t i;
+            for (i = h; i < h + 8; i++) y[(int64_t)d * lanes + i] = i < n ? x[(int64_t)i * dim + d] : 0.0f;
+        }
+    }
+}
+
+static DSA__F32X8 float dsa__exps_f32x8(int64_t n, float max, float *x)
+{
+    const dsa__f32x8 m = dsa__set8(max), none = dsa__set8(-dsa__infinity()), zero = dsa__set8(0.0f);
+    dsa__f32x8 sum = zero, v;
+    float last[8], sums[64] = {0};
+    int64_t i;
+    int32_t k;
+    for (i = 0; i < n; i += 8) {
+        const int32_t part = (int32_t)dsa__min64(8, n - i);
+        for (k = 0; k < 8; k++) last[k] = k < part ? x[i + k] : -dsa__infinity();
+        v = dsa__load8(part == 8 ? x + i : last);
+        v = dsa__pick8(dsa__equal8(v, none), zero, dsa__exp8(dsa__sub8(v, m)));
+        sum = dsa__add8(sum, v);
+        dsa__store8(last, v);
+        memcpy(x + i, last, sizeof(float) * (size_t)part);
+    }
+    dsa__store8(sums, sum);
+    dsa__store8(last, dsa__sums8(sums));
+    return last[0];
 }
 
 static DSA__F32X8 void dsa__fold_f32x8(int32_t n, int32_t lanes, const float *w, const float *d, int64_t ld, float *I)
@@ -4089,7 +4176,7 @@ static const dsa__kernels dsa__kernels_ref = {
     dsa__ref_query_round, dsa__ref_query_bytes, dsa__ref_query_pack, dsa__ref_score_bytes, dsa__ref_score,
     dsa__ref_attend_query_bytes, dsa__ref_attend_pack, dsa__ref_attend_bytes, dsa__ref_attend,
     dsa__ref_dots, dsa__ref_axpys,
-    dsa__ref_madd, dsa__ref_weights, dsa__ref_fold, dsa__ref_unfold,
+    dsa__ref_madd, dsa__ref_weights, dsa__ref_turn, dsa__ref_exps, dsa__ref_fold, dsa__ref_unfold,
     dsa__ref_filter, dsa__ref_count, dsa__ref_keep
 };
 
@@ -4099,7 +4186,7 @@ static const dsa__kernels dsa__kernels_neon = {
     dsa__query_round_f32x8, dsa__query_bytes_neon, dsa__query_pack_neon, dsa__score_bytes_f32x8, dsa__score_neon,
     dsa__attend_query_bytes_f32x8, dsa__attend_pack_f32x8, dsa__attend_bytes_f32x8, dsa__attend_f32x8,
     dsa__ref_dots, dsa__ref_axpys,
-    dsa__madd_f32x8, dsa__weights_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
+    dsa__madd_f32x8, dsa__weights_f32x8, dsa__turn_f32x8, dsa__exps_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__ref_filter, dsa__ref_count, dsa__ref_keep
 };
 
@@ -4131,7 +4218,7 @@ static const dsa__kernels dsa__kernels_avx2 = {
     dsa__query_round_f32x8, dsa__query_bytes_avx2, dsa__query_pack_avx2, dsa__score_bytes_f32x8, dsa__score_avx2,
     dsa__attend_query_bytes_f32x8, dsa__attend_pack_f32x8, dsa__attend_bytes_f32x8, dsa__attend_f32x8,
     dsa__ref_dots, dsa__ref_axpys,
-    dsa__madd_f32x8, dsa__weights_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
+    dsa__madd_f32x8, dsa__weights_f32x8, dsa__turn_f32x8, dsa__exps_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__filter_avx2, dsa__count_avx2, dsa__keep_avx2
 };
 
@@ -4140,7 +4227,7 @@ static const dsa__kernels dsa__kernels_avx512_base = {
     dsa__query_round_avx512, dsa__query_bytes_avx512f, dsa__query_pack_avx512f, dsa__score_bytes_avx512f, dsa__score_avx512f,
     dsa__attend_query_bytes_avx512f, dsa__attend_pack_avx512f, dsa__attend_bytes_avx512f, dsa__attend_avx512f,
     dsa__ref_dots, dsa__ref_axpys,
-    dsa__madd_f32x8, dsa__weights_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
+    dsa__madd_f32x8, dsa__weights_f32x8, dsa__turn_f32x8, dsa__exps_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__filter_avx512, dsa__count_avx512, dsa__keep_avx512
 };
 
@@ -4149,7 +4236,7 @@ static const dsa__kernels dsa__kernels_avx512_vnni = {
     dsa__query_round_avx512, dsa__query_bytes_avx512vnni, dsa__query_pack_avx512vnni, dsa__score_bytes_avx512vnni, dsa__score_avx512vnni,
     dsa__attend_query_bytes_avx512f, dsa__attend_pack_avx512f, dsa__attend_bytes_avx512f, dsa__attend_avx512f,
     dsa__ref_dots, dsa__ref_axpys,
-    dsa__madd_f32x8, dsa__weights_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
+    dsa__madd_f32x8, dsa__weights_f32x8, dsa__turn_f32x8, dsa__exps_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__filter_avx512, dsa__count_avx512, dsa__keep_avx512
 };
 
@@ -4158,7 +4245,7 @@ static const dsa__kernels dsa__kernels_avx512 = {
     dsa__query_round_avx512, dsa__query_bytes_avx512, dsa__query_pack_avx512, dsa__score_bytes_avx512, dsa__score_avx512,
     dsa__attend_query_bytes_avx512, dsa__attend_pack_avx512, dsa__attend_bytes_avx512, dsa__attend_avx512,
     dsa__ref_dots, dsa__ref_axpys,
-    dsa__madd_f32x8, dsa__weights_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
+    dsa__madd_f32x8, dsa__weights_f32x8, dsa__turn_f32x8, dsa__exps_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__filter_avx512_vbmi2, dsa__count_avx512, dsa__keep_avx512
 };
 
@@ -6298,15 +6385,20 @@ DSA_API dsa_status dsa_layer(const dsa_ctx *ctx, const dsa_layer_args *a)
 }
 
 /* ============================================================================================
-   >>backward                                 6. gradients of the attention, the indexer and the layer
+   >>backward                                 6. gradients of norms, projections, attention and the indexer
    ============================================================================================
-   The derivatives of the formulas above (spec 8). A tile of DSA__BACK_ROWS queries is worked through in two phases a block of
+   The derivatives of the formulas above (spec 8). A tile of 8 to DSA__BACK_ROWS queries is worked through in two phases a block of
    DSA__BACK_KEYS keys: first tasks own queries and find P, dS and what goes into dQ; then tasks own rows of the cache, DSA__STRIPE by
    DSA__STRIPE, walk over the same queries in order and add what goes into dKV. So no number is written by two tasks, every sum
    runs in one order whatever the number of threads, and the scatter-add needs no atomics. */
 #define DSA__BACK_ROWS DSA_LAYER_TILE
 #define DSA__BACK_KEYS 256
+#define DSA__BACK_MOST 2048                              /* sets up to this are one block for the indexer, whose dot products are kept */
 #define DSA__STRIPE 8
+
+/* Queries of a tile: what phase 1 leaves for phase 2 should stay in L2, and few heads need many queries between two barriers. 32 for
+   all made V3.2's shapes a third slower. It does not depend on the threads, since over several blocks the order of sums depends on it. */
+static int32_t dsa__back_rows(int32_t heads) { return (int32_t)dsa__clamp64(256 / heads, 8, DSA__BACK_ROWS); }
 
 /* x^ = x inv:   dg += dy x^      dx += inv (g dy - x^ mean(g dy x^)) */
 DSA_API dsa_status dsa_rms_norm_backward(const float *x, const float *d_y, int64_t n_rows, int64_t stride, int32_t dim, const float *gain,
@@ -6543,10 +6635,10 @@ DSA_API dsa_status dsa_linear_backward(const dsa_ctx *ctx, const dsa_linear_args
 /* Columns [lo, hi) of a query's row of numbers: entries of its list, or positions. */
 typedef struct dsa__span { const dsa_cache *cache; const int32_t *list; int64_t lo, hi, limit; int32_t seq; } dsa__span;
 
-/* The entries of block `block` that name a row: positions and columns, ascending by column; returns how many. */
-static int32_t dsa__span_block(const dsa__span *s, int64_t block, int32_t *position, int32_t *column)
+/* The entries of block `block` of `keys` columns that name a row: positions and columns, ascending by column; returns how many. */
+static int32_t dsa__span_block(const dsa__span *s, int64_t block, int64_t keys, int32_t *position, int32_t *column)
 {
-    int64_t from = dsa__max64(s->lo, block * DSA__BACK_KEYS), to = dsa__min64(s->hi, (block + 1) * DSA__BACK_KEYS), i;
+    int64_t from = dsa__max64(s->lo, block * keys), to = dsa__min64(s->hi, (block + 1) * keys), i;
     int32_t n = 0;
     for (i = from; i < to; i++) {
         int64_t p = s->list ? s->list[i] : i;
@@ -6568,7 +6660,7 @@ static int32_t dsa__stripe(const int32_t *position, int32_t n, int32_t task, int
     return m;
 }
 
-/* The sets of rows [row, row + n) of the call; returns how many blocks the longest has. `causal`: a list may not look ahead. */
+/* The sets of rows [row, row + n) of the call; returns how many columns the longest has. `causal`: a list may not look ahead. */
 static int64_t dsa__spans(const dsa_ctx *ctx, const dsa_attend_args *a, dsa_kind kind, int causal, dsa__cursor *cur, int64_t row, int64_t n,
                           dsa__span *spans)
 {
@@ -6592,7 +6684,7 @@ static int64_t dsa__spans(const dsa_ctx *ctx, const dsa_attend_args *a, dsa_kind
             s->list = a->indices + (row + t) * stride;
             s->hi = a->counts ? dsa__clamp64(a->counts[row + t], 0, n_indices) : n_indices;
         }
-        if (s->lo < s->hi) most = dsa__max64(most, (s->hi + DSA__BACK_KEYS - 1) / DSA__BACK_KEYS);
+        if (s->lo < s->hi) most = dsa__max64(most, s->hi);
     }
     return most;
 }
@@ -6633,18 +6725,20 @@ static dsa_status dsa__rows_check(const dsa_ctx *ctx, const dsa_attend_args *a, 
     return DSA_OK;
 }
 
-static const unsigned char *dsa__position_row(const dsa_cache *c, int64_t position)
+/* n rows of a range as they lie in the cache, `width` floats each and *stride apart, or NULL where they must be expanded: other formats,
+   rotated keys, lists, several pages. */
+static const float *dsa__rows_in_place(const dsa__span *s, const int32_t *position, int32_t n, int64_t *stride)
 {
-    int64_t offset, page = dsa__page_of(c, position, &offset);
-    return dsa__row_in(c, page, offset);
-}
-
-/* Heads side by side: y[d][h] = x[h][d], h < n, absent ones zero up to `lanes`. */
-static void dsa__side_by_side(int32_t n, int32_t lanes, int32_t dim, const float *x, float *y)
-{
-    int32_t d, h;
-    for (d = 0; d < dim; d++)
-        for (h = 0; h < lanes; h++) y[(int64_t)d * lanes + h] = h < n ? x[(int64_t)h * dim + d] : 0.0f;
+    const dsa_cache *c = s->cache;
+    int64_t first, last, page;
+    const unsigned char *p;
+    if (s->list || n == 0 || c->format != DSA_F32 || c->hadamard || c->row_stride % sizeof(float) != 0) return NULL;
+    page = dsa__page_of(c, position[0], &first);
+    if (dsa__page_of(c, position[n - 1], &last) != page || last - first != n - 1) return NULL;
+    p = dsa__row_in(c, page, first);
+    if ((uintptr_t)p % sizeof(float) != 0) return NULL;
+    *stride = (int64_t)(c->row_stride / sizeof(float));
+    return (const float *)(const void *)p;
 }
 
 static int32_t dsa__eights(int32_t n) { return (n + 7) / 8 * 8; }
@@ -6658,13 +6752,14 @@ typedef struct dsa__attend_back {
     const dsa_attend_backward_args *args;
     int causal;
     int64_t n_rows, row, n, block;                       /* of the call; the tile's first, its size; the block in work */
-    int32_t H, wide, dim_qk, R;                          /* wide: H rounded up to whole vectors */
+    int32_t H, wide, lanes, groups, dim_qk, R, rows;     /* wide: H rounded up to whole vectors; groups of heads, `lanes` wide */
+    int64_t ldk;                                         /* an odd number of cache lines: a column of rows spreads over all sets of L1 */
     float scale;
-    dsa__span *spans;                                    /* [ROWS] */
-    float *L, *delta;                                    /* [ROWS, wide] */
-    int32_t *n_keys, *position, *column;                 /* [ROWS], [ROWS, KEYS] twice */
-    float *p, *ds;                                       /* [ROWS, KEYS, wide] */
-    float *scratch;                                      /* per task: rows [KEYS, dim_qk], then the larger of q and dout side by side, and P
+    dsa__span *spans;                                    /* [rows] */
+    float *L, *delta;                                    /* [rows, wide] */
+    int32_t *n_keys, *position, *column;                 /* [rows], [rows, KEYS] twice */
+    float *p, *ds;                                       /* [rows, groups, KEYS, lanes] */
+    float *scratch;                                      /* per task: rows [KEYS, ldk], then the larger of q and dout side by side, and P
                                                             and dS of a stripe with its entries */
     int64_t scratch_stride;
 } dsa__attend_back;
@@ -6672,94 +6767,122 @@ typedef struct dsa__attend_back {
 static dsa_status dsa__attend_back_plan(const dsa_ctx *ctx, dsa__arena *arena, dsa__attend_back *c)
 {
     const dsa_config *f = &ctx->config;
-    int64_t tile = DSA__BACK_ROWS * DSA__BACK_KEYS;
+    int64_t tile;
     memset(c, 0, sizeof *c);
     c->ctx = ctx;
     c->H = f->n_heads;
     c->wide = dsa__eights(c->H);
+    c->rows = dsa__back_rows(c->wide);
+    tile = c->rows * DSA__BACK_KEYS;
     c->R = f->dim_latent;
+    c->lanes = dsa__min32(c->wide, DSA__HEADS);
+    c->groups = (c->H + c->lanes - 1) / c->lanes;
     c->dim_qk = f->dim_latent + f->dim_rope;
-    c->spans    = (dsa__span *)dsa__take(arena, DSA__BACK_ROWS, 1, sizeof *c->spans);
-    c->L        = (float *)dsa__take(arena, DSA__BACK_ROWS, c->wide, sizeof(float));
-    c->delta    = (float *)dsa__take(arena, DSA__BACK_ROWS, c->wide, sizeof(float));
-    c->n_keys   = (int32_t *)dsa__take(arena, DSA__BACK_ROWS, 1, sizeof(int32_t));
+    c->ldk = (((int64_t)c->dim_qk + 15) / 16 | 1) * 16;
+    c->spans    = (dsa__span *)dsa__take(arena, c->rows, 1, sizeof *c->spans);
+    c->L        = (float *)dsa__take(arena, c->rows, c->wide, sizeof(float));
+    c->delta    = (float *)dsa__take(arena, c->rows, c->wide, sizeof(float));
+    c->n_keys   = (int32_t *)dsa__take(arena, c->rows, 1, sizeof(int32_t));
     c->position = (int32_t *)dsa__take(arena, tile, 1, sizeof(int32_t));
     c->column   = (int32_t *)dsa__take(arena, tile, 1, sizeof(int32_t));
-    c->p        = (float *)dsa__take(arena, tile, c->wide, sizeof(float));
-    c->ds       = (float *)dsa__take(arena, tile, c->wide, sizeof(float));
-    c->scratch_stride = DSA__BACK_KEYS * (int64_t)c->dim_qk +
+    c->p        = (float *)dsa__take(arena, tile, (int64_t)c->groups * c->lanes, sizeof(float));
+    c->ds       = (float *)dsa__take(arena, tile, (int64_t)c->groups * c->lanes, sizeof(float));
+    c->scratch_stride = DSA__BACK_KEYS * c->ldk +
                         dsa__max64(DSA__HEADS * ((int64_t)c->dim_qk + c->R), 2 * DSA__BACK_KEYS * (int64_t)c->wide) + 2 * DSA__BACK_KEYS;
     c->scratch  = (float *)dsa__take(arena, f->n_threads, c->scratch_stride, sizeof(float));
     return arena->overflow ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "dsa_attend_backward: the workspace does not fit in size_t") : DSA_OK;
 }
 
-/* Phase 1: a unit is a query and up to DSA__HEADS of its heads. */
+/* Phase 1: a unit is a query and one group of its heads. */
 static void dsa__attend_back_queries(void *arg, int32_t task)
 {
     dsa__attend_back *c = (dsa__attend_back *)arg;
     const dsa__kernels *k = c->ctx->kernels;
     const dsa_attend_backward_args *a = c->args;
-    float *kv = c->scratch + task * c->scratch_stride, *qt = kv + (int64_t)DSA__BACK_KEYS * c->dim_qk;
-    float *ot = qt + DSA__HEADS * (int64_t)c->dim_qk;
-    int32_t *where = (int32_t *)(void *)(kv + c->scratch_stride - 2 * DSA__BACK_KEYS), groups = (c->H + DSA__HEADS - 1) / DSA__HEADS, j;
+    float *kv = c->scratch + task * c->scratch_stride, *qt = kv + DSA__BACK_KEYS * c->ldk, *ot = qt + c->lanes * (int64_t)c->dim_qk;
+    int32_t *where = (int32_t *)(void *)(kv + c->scratch_stride - 2 * DSA__BACK_KEYS), lanes = c->lanes, j;
     int64_t unit;
-    int32_t n_tasks = (int32_t)dsa__min64(c->ctx->config.n_threads, c->n * groups);
-    for (unit = task; unit < c->n * groups; unit += n_tasks) {
-        int64_t t = unit / groups, at = t * DSA__BACK_KEYS;
-        int32_t h = (int32_t)(unit % groups) * DSA__HEADS, heads = dsa__min32(DSA__HEADS, c->H - h), lanes = dsa__eights(heads), n;
+    int32_t n_tasks = (int32_t)dsa__min64(c->ctx->config.n_threads, c->n * c->groups);
+    for (unit = task; unit < c->n * c->groups; unit += n_tasks) {
+        int64_t t = unit / c->groups, at = t * DSA__BACK_KEYS, offset, ldk = c->ldk;
+        int32_t h = (int32_t)(unit % c->groups) * lanes, heads = dsa__min32(lanes, c->H - h), n;
         const dsa__span *s = &c->spans[t];
         const int64_t head = (c->row + t) * c->H + h;
-        float *p = c->p + at * c->wide + h, *ds = a->d_out ? c->ds + at * c->wide + h : NULL;
-        n = dsa__span_block(s, c->block, where, where + DSA__BACK_KEYS);
+        const float *rows;
+        float *p = c->p + unit * DSA__BACK_KEYS * lanes, *ds = a->d_out ? c->ds + unit * DSA__BACK_KEYS * lanes : NULL;
+        n = dsa__span_block(s, c->block, DSA__BACK_KEYS, where, where + DSA__BACK_KEYS);
         if (h == 0) {                                    /* for phase 2 */
             c->n_keys[t] = n;
             memcpy(c->position + at, where, sizeof(int32_t) * (size_t)n);
             memcpy(c->column + at, where + DSA__BACK_KEYS, sizeof(int32_t) * (size_t)n);
         }
-        for (j = 0; j < n; j++) {
-            dsa__expand_latent(s->cache->format, c->R, c->dim_qk - c->R, dsa__position_row(s->cache, where[j]),
-                               kv + (int64_t)j * c->dim_qk);
-            memset(p + (int64_t)j * c->wide, 0, sizeof(float) * (size_t)lanes);
-            if (ds) memset(ds + (int64_t)j * c->wide, 0, sizeof(float) * (size_t)lanes);
+        rows = dsa__rows_in_place(s, where, n, &ldk);
+        for (j = 0; !rows && j < n; j++) {
+            int64_t page = dsa__page_of(s->cache, where[j], &offset);
+            dsa__expand_latent(s->cache->format, c->R, c->dim_qk - c->R, dsa__row_in(s->cache, page, offset), kv + j * ldk);
         }
-        dsa__side_by_side(heads, lanes, c->dim_qk, a->attend.q + head * c->dim_qk, qt);
-        k->madd(n, lanes, c->dim_qk, kv, c->dim_qk, 1, qt, lanes, p, c->wide);
+        if (!rows) rows = kv;
+        memset(p, 0, sizeof(float) * (size_t)n * (size_t)lanes);
+        k->turn(heads, lanes, c->dim_qk, a->attend.q + head * c->dim_qk, qt);
+        k->madd(n, lanes, c->dim_qk, rows, ldk, 1, qt, lanes, p, lanes);
         if (ds) {
-            dsa__side_by_side(heads, lanes, c->R, a->d_out + head * c->R, ot);
-            k->madd(n, lanes, c->R, kv, c->dim_qk, 1, ot, lanes, ds, c->wide);
+            memset(ds, 0, sizeof(float) * (size_t)n * (size_t)lanes);
+            k->turn(heads, lanes, c->R, a->d_out + head * c->R, ot);
+            k->madd(n, lanes, c->R, rows, ldk, 1, ot, lanes, ds, lanes);
         }
-        k->weights(n, lanes, c->scale, c->L + t * c->wide + h, c->delta + t * c->wide + h, p, ds, c->wide);
-        if (ds && a->d_q) k->madd(heads, c->dim_qk, n, ds, 1, c->wide, kv, c->dim_qk, a->d_q + head * c->dim_qk, c->dim_qk);
+        k->weights(n, lanes, c->scale, c->L + t * c->wide + h, c->delta + t * c->wide + h, p, ds, lanes);
+        if (ds && a->d_q) k->madd(heads, c->dim_qk, n, ds, 1, lanes, rows, ldk, a->d_q + head * c->dim_qk, c->dim_qk);
     }
 }
 
-/* Phase 2: a task is a stripe of the cache's rows. */
+/* Phase 2: a task is a stripe of the cache's rows. A range adds a stripe at a time where it belongs; of a list, which may name a row
+   twice, all rows are summed up over the heads first and then added one after the other. */
 static void dsa__attend_back_rows(void *arg, int32_t task)
 {
     dsa__attend_back *c = (dsa__attend_back *)arg;
     const dsa_attend_backward_args *a = c->args;
-    float *sum = c->scratch + task * c->scratch_stride, *p = sum + (int64_t)DSA__BACK_KEYS * c->dim_qk;
-    float *ds = p + (int64_t)DSA__BACK_KEYS * c->wide;
-    int32_t *mine = (int32_t *)(void *)(sum + c->scratch_stride - 2 * DSA__BACK_KEYS), n_tasks = c->ctx->config.n_threads, i, m, h, d;
+    const dsa__kernels *k = c->ctx->kernels;
+    float *sum = c->scratch + task * c->scratch_stride, *p = sum + DSA__BACK_KEYS * c->ldk;
+    float *ds = p + DSA__BACK_KEYS * (int64_t)c->wide;
+    int32_t *mine = (int32_t *)(void *)(sum + c->scratch_stride - 2 * DSA__BACK_KEYS), n_tasks = c->ctx->config.n_threads, i, j, m, h, d, n;
     int64_t t;
     for (t = 0; t < c->n; t++) {
         const int64_t at = t * DSA__BACK_KEYS, head = (c->row + t) * c->H;
+        const float *all_p = c->p + at * c->groups * c->lanes, *all_ds = c->ds + at * c->groups * c->lanes;
+        const float *q = a->attend.q + head * c->dim_qk, *dout = a->d_out ? a->d_out + head * c->R : NULL;
+        float *to = a->d_latent ? a->d_latent[c->spans[t].seq] : NULL;
         m = dsa__stripe(c->position + at, c->n_keys[t], task, n_tasks, mine);
-        for (i = 0; i < m; i++) memcpy(p + (int64_t)i * c->wide, c->p + (at + mine[i]) * c->wide, sizeof(float) * (size_t)c->wide);
         for (i = 0; a->target && i < m; i++) {
             float r = 0.0f;
-            for (h = 0; h < c->H; h++) r += p[(int64_t)i * c->wide + h];
+            for (h = 0; h < c->H; h++) r += all_p[((int64_t)(h / c->lanes) * DSA__BACK_KEYS + mine[i]) * c->lanes + h % c->lanes];
             a->target[(c->row + t) * a->target_stride + c->column[at + mine[i]]] = r;
         }
-        if (!a->d_out || !a->d_latent) continue;
-        for (i = 0; i < m; i++) memcpy(ds + (int64_t)i * c->wide, c->ds + (at + mine[i]) * c->wide, sizeof(float) * (size_t)c->wide);
-        memset(sum, 0, sizeof(float) * (size_t)m * (size_t)c->dim_qk);
-        c->ctx->kernels->madd(m, c->dim_qk, c->H, ds, c->wide, 1, a->attend.q + head * c->dim_qk, c->dim_qk, sum, c->dim_qk);
-        c->ctx->kernels->madd(m, c->R, c->H, p, c->wide, 1, a->d_out + head * c->R, c->R, sum, c->dim_qk);
-        for (i = 0; i < m; i++) {                        /* one after the other: a list may name a row twice */
-            float *DSA__RESTRICT to = a->d_latent[c->spans[t].seq] + (int64_t)c->position[at + mine[i]] * c->dim_qk;
-            const float *from = sum + (int64_t)i * c->dim_qk;
-            for (d = 0; d < c->dim_qk; d++) to[d] += from[d];
+        if (!dout || !to) continue;
+        for (i = 0; !c->spans[t].list && i < m; i += n) {
+            float *row = to + (int64_t)c->position[at + mine[i]] * c->dim_qk;
+            for (n = 1; i + n < m && mine[i + n] == mine[i] + n; n++) { }
+            for (h = 0; h < c->H; h += c->lanes) {
+                const int64_t first = ((int64_t)(h / c->lanes) * DSA__BACK_KEYS + mine[i]) * c->lanes;
+                const int32_t heads = dsa__min32(c->lanes, c->H - h);
+                k->madd(n, c->dim_qk, heads, all_ds + first, c->lanes, 1, q + (int64_t)h * c->dim_qk, c->dim_qk, row, c->dim_qk);
+                k->madd(n, c->R, heads, all_p + first, c->lanes, 1, dout + (int64_t)h * c->R, c->R, row, c->dim_qk);
+            }
+        }
+        if (!c->spans[t].list) continue;
+        for (i = 0; i < m; i++)
+            for (h = 0; h < c->H; h += c->lanes) {
+                const int64_t first = ((int64_t)(h / c->lanes) * DSA__BACK_KEYS + mine[i]) * c->lanes;
+                const size_t size = sizeof(float) * (size_t)dsa__min32(c->lanes, c->wide - h);
+                memcpy(p + (int64_t)i * c->wide + h, all_p + first, size);
+                memcpy(ds + (int64_t)i * c->wide + h, all_ds + first, size);
+            }
+        memset(sum, 0, sizeof(float) * (size_t)m * (size_t)c->ldk);
+        k->madd(m, c->dim_qk, c->H, ds, c->wide, 1, q, c->dim_qk, sum, c->ldk);
+        k->madd(m, c->R, c->H, p, c->wide, 1, dout, c->R, sum, c->ldk);
+        for (i = 0; i < m; i++) {
+            float *DSA__RESTRICT row = to + (int64_t)c->position[at + mine[i]] * c->dim_qk;
+            const float *DSA__RESTRICT from = sum + i * c->ldk;
+            for (j = c->dim_qk, d = 0; d < j; d++) row[d] += from[d];
         }
     }
 }
@@ -6807,7 +6930,6 @@ static void dsa__attend_back_target(dsa__attend_back *c)
 static void dsa__attend_back_run(dsa__attend_back *c, const dsa_attend_backward_args *a, int causal)
 {
     int64_t n_blocks, t;
-    int32_t groups = (c->H + DSA__HEADS - 1) / DSA__HEADS;
     dsa__cursor cur;
     cur.seqs = a->attend.seqs;
     cur.seq = 0;
@@ -6816,13 +6938,14 @@ static void dsa__attend_back_run(dsa__attend_back *c, const dsa_attend_backward_
     c->causal = causal;
     c->scale = a->attend.scale == 0.0f ? c->ctx->config.softmax_scale : a->attend.scale;
     for (c->row = 0; c->row < c->n_rows; c->row += c->n) {
-        c->n = dsa__min64(DSA__BACK_ROWS, c->n_rows - c->row);
+        c->n = dsa__min64(c->rows, c->n_rows - c->row);
         n_blocks = dsa__spans(c->ctx, &a->attend, DSA_LATENT, causal, &cur, c->row, c->n, c->spans);
+        n_blocks = (n_blocks + DSA__BACK_KEYS - 1) / DSA__BACK_KEYS;
         dsa__attend_back_heads(c);
         for (t = 0; a->target && t < c->n; t++)
             memset(a->target + (c->row + t) * a->target_stride, 0, sizeof(float) * (size_t)a->target_stride);
         for (c->block = 0; c->block < n_blocks; c->block++) {
-            dsa__parallel(c->ctx, c->n * groups, dsa__attend_back_queries, c);
+            dsa__parallel(c->ctx, c->n * c->groups, dsa__attend_back_queries, c);
             dsa__parallel(c->ctx, c->ctx->config.n_threads, dsa__attend_back_rows, c);
         }
         if (a->target) dsa__attend_back_target(c);
@@ -6887,13 +7010,14 @@ typedef struct dsa__index_back {
     const dsa_ctx *ctx;
     const dsa_index_backward_args *args;
     int64_t n_rows, n_columns, row, n, n_blocks, block;
-    int32_t HI, wide, D;
-    dsa__span *spans;                                    /* [ROWS] */
-    int32_t *n_keys, *position;                          /* [ROWS], [ROWS, KEYS] */
-    float *g;                                            /* [ROWS, n_columns]: scores, then their derivatives */
-    float *u;                                            /* [ROWS, KEYS, wide] */
-    float *scratch;                                      /* per task: keys [KEYS, D], q side by side [D, wide], w, dw [wide], g of the block
-                                                            [KEYS], columns [KEYS], u of a stripe [KEYS, wide] and its entries */
+    int32_t HI, wide, D, rows, keys;                     /* keys of a block */
+    dsa__span *spans;                                    /* [rows] */
+    int32_t *n_keys, *position;                          /* [rows], [rows, keys] */
+    float *g;                                            /* [rows, n_columns]: scores, then their derivatives */
+    float *u;                                            /* [rows, keys, wide] */
+    float *scratch;                                      /* per task: keys [keys, D], q side by side [D, wide], w, dw [wide], g of the block
+                                                            [keys], columns [keys]; or sums [keys, D], u of a stripe [keys, wide]; its
+                                                            entries [keys] */
     int64_t scratch_stride;
 } dsa__index_back;
 
@@ -6906,12 +7030,14 @@ static dsa_status dsa__index_back_plan(const dsa_ctx *ctx, int64_t n_columns, ds
     c->wide = dsa__eights(c->HI);
     c->D = f->dim_index;
     c->n_columns = n_columns;
-    c->spans    = (dsa__span *)dsa__take(arena, DSA__BACK_ROWS, 1, sizeof *c->spans);
-    c->n_keys   = (int32_t *)dsa__take(arena, DSA__BACK_ROWS, 1, sizeof(int32_t));
-    c->position = (int32_t *)dsa__take(arena, DSA__BACK_ROWS, DSA__BACK_KEYS, sizeof(int32_t));
-    c->g        = (float *)dsa__take(arena, DSA__BACK_ROWS, n_columns, sizeof(float));
-    c->u        = (float *)dsa__take(arena, DSA__BACK_ROWS * DSA__BACK_KEYS, c->wide, sizeof(float));
-    c->scratch_stride = (DSA__BACK_KEYS + (int64_t)c->wide) * c->D + (DSA__BACK_KEYS + 2) * (int64_t)c->wide + 3 * DSA__BACK_KEYS;
+    c->rows = dsa__back_rows(c->wide);
+    c->keys = n_columns <= DSA__BACK_MOST ? (int32_t)dsa__max64(n_columns, 1) : DSA__BACK_KEYS;
+    c->spans    = (dsa__span *)dsa__take(arena, c->rows, 1, sizeof *c->spans);
+    c->n_keys   = (int32_t *)dsa__take(arena, c->rows, 1, sizeof(int32_t));
+    c->position = (int32_t *)dsa__take(arena, c->rows, c->keys, sizeof(int32_t));
+    c->g        = (float *)dsa__take(arena, c->rows, n_columns, sizeof(float));
+    c->u        = (float *)dsa__take(arena, (int64_t)c->rows * c->keys, c->wide, sizeof(float));
+    c->scratch_stride = c->keys * ((int64_t)c->D + 3) + c->wide * dsa__max64((int64_t)c->D + 2, c->keys);
     c->scratch  = (float *)dsa__take(arena, f->n_threads, c->scratch_stride, sizeof(float));
     return arena->overflow ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "dsa_index_backward: the workspace does not fit in size_t") : DSA_OK;
 }
@@ -6930,37 +7056,48 @@ static void dsa__index_back_key(const dsa_cache *c, int64_t position, float *x)
     if (c->hadamard) dsa__hadamard(x, c->dim);
 }
 
-/* KL_t, and over the scores their derivatives: g = weight (sigma - p), 0 at columns that name nothing (I = -inf). */
-static float dsa__index_back_loss(int64_t n, const float *p, float weight, float *I)
+/* KL_t (where it is wanted), and over the scores their derivatives: g = weight (sigma - p). Columns that name nothing have I = -inf and
+   p = 0: their g is 0. */
+static float dsa__index_back_loss(const dsa__kernels *k, int64_t n, const float *p, float weight, int wanted, float *DSA__RESTRICT I)
 {
     const float none = -dsa__infinity();
-    double sum = 0.0, total = 0.0, loss = 0.0, lse;
-    float max = none;
+    double total = 0.0, cross = 0.0, entropy = 0.0;
+    float max = none, sum;
     int64_t i;
     for (i = 0; i < n; i++) {
-        if (I[i] > max) max = I[i];
+        max = I[i] > max ? I[i] : max;
         total += (double)p[i];
     }
-    for (i = 0; i < n; i++) if (I[i] != none) sum += (double)dsa__exp(I[i] - max);
-    lse = (double)max + log(sum);
-    for (i = 0; i < n; i++) {
-        float s = I[i];
-        if (s != none && p[i] > 0.0f) loss += (double)p[i] * (log((double)p[i]) - ((double)s - lse));
-        I[i] = s == none || total == 0.0 ? 0.0f : weight * (float)((double)dsa__exp(s - max) / sum - (double)p[i]);
+    if (total == 0.0) {
+        for (i = 0; i < n; i++) I[i] = 0.0f;
+        return 0.0f;
     }
-    return total == 0.0 ? 0.0f : (float)loss;
+    for (i = 0; wanted && i < n; i++)
+        if (p[i] > 0.0f) {
+            entropy += (double)p[i] * log((double)p[i]);
+            cross += (double)p[i] * (double)I[i];
+        }
+    sum = k->exps(n, max, I);
+    for (i = 0; i < n; i++) I[i] = weight * (I[i] / sum - p[i]);
+    return wanted ? (float)(entropy - cross + total * ((double)max + log((double)sum))) : 0.0f;
 }
 
-/* The keys of block `block` of query t and their d[h,s]. */
-static void dsa__index_back_dots(dsa__index_back *c, int64_t t, int64_t block, float *keys, float *qt, int32_t *column)
+/* The keys of block `block` of query t, in place or in `keys`, and their d[h,s]. */
+static const float *dsa__index_back_dots(dsa__index_back *c, int64_t t, int64_t block, float *keys, const float *qt, int32_t *column,
+                                         int64_t *ldk)
 {
     const dsa__span *s = &c->spans[t];
-    int32_t *position = c->position + t * DSA__BACK_KEYS, n = dsa__span_block(s, block, position, column), j;
-    float *u = c->u + t * DSA__BACK_KEYS * c->wide;
+    int32_t *position = c->position + t * c->keys, n = dsa__span_block(s, block, c->keys, position, column), j;
+    float *u = c->u + t * c->keys * c->wide;
+    const float *rows;
     c->n_keys[t] = n;
-    for (j = 0; j < n; j++) dsa__index_back_key(s->cache, position[j], keys + (int64_t)j * c->D);
+    *ldk = c->D;
+    rows = dsa__rows_in_place(s, position, n, ldk);
+    for (j = 0; !rows && j < n; j++) dsa__index_back_key(s->cache, position[j], keys + (int64_t)j * c->D);
+    if (!rows) rows = keys;
     memset(u, 0, sizeof(float) * (size_t)n * (size_t)c->wide);
-    c->ctx->kernels->madd(n, c->wide, c->D, keys, c->D, 1, qt, c->wide, u, c->wide);
+    c->ctx->kernels->madd(n, c->wide, c->D, rows, *ldk, 1, qt, c->wide, u, c->wide);
+    return rows;
 }
 
 /* Phase 1 of a query. Block -1: the scores of all blocks and the loss; a set of one block then goes on at once. */
@@ -6969,37 +7106,38 @@ static void dsa__index_back_queries(void *arg, int32_t task)
     dsa__index_back *c = (dsa__index_back *)arg;
     const dsa_index_backward_args *a = c->args;
     const dsa__kernels *k = c->ctx->kernels;
-    float *keys = c->scratch + task * c->scratch_stride, *qt = keys + (int64_t)DSA__BACK_KEYS * c->D, *w = qt + (int64_t)c->wide * c->D;
+    float *keys = c->scratch + task * c->scratch_stride, *qt = keys + (int64_t)c->keys * c->D, *w = qt + (int64_t)c->wide * c->D;
     float *dw = w + c->wide, *g = dw + c->wide;
-    int32_t *column = (int32_t *)(void *)(g + DSA__BACK_KEYS), n_tasks = (int32_t)dsa__min64(c->ctx->config.n_threads, c->n), h, j;
-    int64_t t, b, i;
+    int32_t *column = (int32_t *)(void *)(g + c->keys), n_tasks = (int32_t)dsa__min64(c->ctx->config.n_threads, c->n), h, j;
+    int64_t t, b, i, ldk = c->D;
     for (t = task; t < c->n; t += n_tasks) {
         const dsa__span *s = &c->spans[t];
         const int64_t row = c->row + t;
-        const float *q = a->q + row * c->HI * c->D;
-        float *u = c->u + t * DSA__BACK_KEYS * c->wide, *I = c->g + t * c->n_columns;
+        const float *q = a->q + row * c->HI * c->D, *rows = keys;
+        float *u = c->u + t * c->keys * c->wide, *I = c->g + t * c->n_columns, loss;
         const float *of = a->target ? I : a->d_scores + row * a->stride;
-        float loss;
-        dsa__side_by_side(c->HI, c->wide, c->D, q, qt);
+        k->turn(c->HI, c->wide, c->D, q, qt);
         for (h = 0; h < c->wide; h++) w[h] = h < c->HI ? a->w[row * c->HI + h] : 0.0f;
         if (c->block < 0 && a->target) {
             for (i = s->lo; i < s->hi; i++) I[i] = -dsa__infinity();
             c->n_keys[t] = 0;
             for (b = 0; b < c->n_blocks; b++) {
-                dsa__index_back_dots(c, t, b, keys, qt, column);
+                rows = dsa__index_back_dots(c, t, b, keys, qt, column, &ldk);
                 k->fold(c->n_keys[t], c->wide, w, u, c->wide, g);
                 for (j = 0; j < c->n_keys[t]; j++) I[column[j]] = g[j];
             }
-            loss = s->lo < s->hi ? dsa__index_back_loss(s->hi - s->lo, a->target + row * a->stride + s->lo, a->weight, I + s->lo) : 0.0f;
+            loss = 0.0f;
+            if (s->lo < s->hi)
+                loss = dsa__index_back_loss(k, s->hi - s->lo, a->target + row * a->stride + s->lo, a->weight, a->loss != NULL, I + s->lo);
             if (a->loss) a->loss[row] = loss;
         }
         if (c->block < 0 && c->n_blocks > 1) continue;
-        if (c->block >= 0 || !a->target) dsa__index_back_dots(c, t, dsa__max64(c->block, 0), keys, qt, column);
+        if (c->block >= 0 || !a->target) rows = dsa__index_back_dots(c, t, dsa__max64(c->block, 0), keys, qt, column, &ldk);
         for (j = 0; j < c->n_keys[t]; j++) g[j] = of[column[j]];
-        memset(dw, 0, sizeof(float) * (size_t)c->wide);
+        for (h = 0; h < c->wide; h++) dw[h] = a->d_w && h < c->HI ? a->d_w[row * c->HI + h] : 0.0f;
         k->unfold(c->n_keys[t], c->wide, w, g, u, c->wide, dw);
-        for (h = 0; a->d_w && h < c->HI; h++) a->d_w[row * c->HI + h] += dw[h];
-        if (a->d_q) k->madd(c->HI, c->D, c->n_keys[t], u, 1, c->wide, keys, c->D, a->d_q + row * c->HI * c->D, c->D);
+        if (a->d_w) memcpy(a->d_w + row * c->HI, dw, sizeof(float) * (size_t)c->HI);
+        if (a->d_q) k->madd(c->HI, c->D, c->n_keys[t], u, 1, c->wide, rows, ldk, a->d_q + row * c->HI * c->D, c->D);
     }
 }
 
@@ -7008,19 +7146,28 @@ static void dsa__index_back_keys(void *arg, int32_t task)
 {
     dsa__index_back *c = (dsa__index_back *)arg;
     const dsa_index_backward_args *a = c->args;
-    float *sum = c->scratch + task * c->scratch_stride, *u = sum + (int64_t)DSA__BACK_KEYS * c->D;
-    int32_t *mine = (int32_t *)(void *)(sum + c->scratch_stride - DSA__BACK_KEYS), n_tasks = c->ctx->config.n_threads, i, m, d;
+    const dsa__kernels *k = c->ctx->kernels;
+    float *sum = c->scratch + task * c->scratch_stride, *u = sum + (int64_t)c->keys * c->D;
+    int32_t *mine = (int32_t *)(void *)(sum + c->scratch_stride - c->keys), n_tasks = c->ctx->config.n_threads, i, m, d, n;
     int64_t t;
     for (t = 0; t < c->n; t++) {
-        const int64_t at = t * DSA__BACK_KEYS;
+        const int64_t at = t * c->keys;
+        const float *q = a->q + (c->row + t) * c->HI * c->D, *all = c->u + at * c->wide;
+        float *to = a->d_key[c->spans[t].seq];
         m = dsa__stripe(c->position + at, c->n_keys[t], task, n_tasks, mine);
-        for (i = 0; i < m; i++) memcpy(u + (int64_t)i * c->wide, c->u + (at + mine[i]) * c->wide, sizeof(float) * (size_t)c->wide);
+        for (i = 0; !c->spans[t].list && i < m; i += n) {
+            for (n = 1; i + n < m && mine[i + n] == mine[i] + n; n++) { }
+            k->madd(n, c->D, c->HI, all + (int64_t)mine[i] * c->wide, c->wide, 1, q, c->D,
+                    to + (int64_t)c->position[at + mine[i]] * c->D, c->D);
+        }
+        if (!c->spans[t].list) continue;
+        for (i = 0; i < m; i++) memcpy(u + (int64_t)i * c->wide, all + (int64_t)mine[i] * c->wide, sizeof(float) * (size_t)c->wide);
         memset(sum, 0, sizeof(float) * (size_t)m * (size_t)c->D);
-        c->ctx->kernels->madd(m, c->D, c->HI, u, c->wide, 1, a->q + (c->row + t) * c->HI * c->D, c->D, sum, c->D);
+        k->madd(m, c->D, c->HI, u, c->wide, 1, q, c->D, sum, c->D);
         for (i = 0; i < m; i++) {
-            float *DSA__RESTRICT to = a->d_key[c->spans[t].seq] + (int64_t)c->position[at + mine[i]] * c->D;
-            const float *from = sum + (int64_t)i * c->D;
-            for (d = 0; d < c->D; d++) to[d] += from[d];
+            float *DSA__RESTRICT row = to + (int64_t)c->position[at + mine[i]] * c->D;
+            const float *DSA__RESTRICT from = sum + (int64_t)i * c->D;
+            for (d = 0; d < c->D; d++) row[d] += from[d];
         }
     }
 }
@@ -7033,8 +7180,8 @@ static void dsa__index_back_run(dsa__index_back *c, const dsa_index_backward_arg
     cur.first = 0;
     c->args = a;
     for (c->row = 0; c->row < c->n_rows; c->row += c->n) {
-        c->n = dsa__min64(DSA__BACK_ROWS, c->n_rows - c->row);
-        c->n_blocks = dsa__spans(c->ctx, &a->set, DSA_INDEX_KEY, causal, &cur, c->row, c->n, c->spans);
+        c->n = dsa__min64(c->rows, c->n_rows - c->row);
+        c->n_blocks = (dsa__spans(c->ctx, &a->set, DSA_INDEX_KEY, causal, &cur, c->row, c->n, c->spans) + c->keys - 1) / c->keys;
         c->block = -1;
         dsa__parallel(c->ctx, c->n, dsa__index_back_queries, c);
         for (c->block = 0; c->block < c->n_blocks; c->block++) {
@@ -7095,8 +7242,10 @@ DSA_API dsa_status dsa_index_backward(const dsa_ctx *ctx, const dsa_index_backwa
     return st;
 }
 
-/* ---- the layer ------------------------------------------------------------------------------- */
-/* Tile after tile the queries' side, computed again from x as dsa_layer does, then backwards from y; what it adds to the latents' and
+/* ============================================================================================
+   >>layer_backward                           7. gradients of the layer
+   ============================================================================================
+   Tile after tile the queries' side, computed again from x as dsa_layer does, then backwards from y; what it adds to the latents' and
    keys' gradients is carried on to W_kva and W_k when all queries are through. */
 typedef struct dsa__layer_back {
     const dsa_layer_backward_args *args;
@@ -7454,7 +7603,8 @@ DSA_API dsa_status dsa_layer_backward(const dsa_ctx *ctx, const dsa_layer_backwa
 /* ============================================================================================
    >>revisions                                what changed, and the licence
    ============================================================================================
-   0.1.0  First version. Append, score, select, attend, step and layer on the CPU; f32, bf16, FP8 and int8 caches.
+   0.1.0  First version. Append, score, select, attend, step, layer and their backward passes on the CPU; f32, bf16, FP8 and int8
+          caches.
 */
 
 /*

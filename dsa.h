@@ -4195,7 +4195,7 @@ static const dsa__kernels dsa__kernels_neon_dot = {
     dsa__query_round_f32x8, dsa__query_bytes_neon_dot, dsa__query_pack_neon_dot, dsa__score_bytes_f32x8, dsa__score_neon_dot,
     dsa__attend_query_bytes_f32x8, dsa__attend_pack_f32x8, dsa__attend_bytes_f32x8, dsa__attend_f32x8,
     dsa__ref_dots, dsa__ref_axpys,
-    dsa__madd_f32x8, dsa__weights_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
+    dsa__madd_f32x8, dsa__weights_f32x8, dsa__turn_f32x8, dsa__exps_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__ref_filter, dsa__ref_count, dsa__ref_keep
 };
 

@@ -154,7 +154,7 @@
      with dsa_merge_topk; each attends to its part of the merged list (foreign positions are skipped); merge the partials.
      With several queries give ks and ke: the visibility rule would take a shard for the whole sequence.
 
-   BACKWARD (examples/train_dsa.c trains a model from nothing with it)
+   BACKWARD (gradients only: the optimiser is yours)
      dsa_layer_backward    all of a layer's gradients: weights, x, and the indexer's loss     from weights
      dsa_attend_backward   dq, dkv, dz, and the indexer's target p                            an engine that has its own projections
      dsa_index_backward    dq_I, dw, dk_I from dI, or from the KL loss
@@ -274,7 +274,7 @@
    MEMORY
      Only dsa_cache_create and dsa_pool_create allocate (config.allocator, the pool's argument, or malloc), once. dsa_cache_init
      takes your memory instead (dsa_cache_bytes says how much). Scattered rows like huge pages: an allocator that asks for them
-     (Linux: mmap on 2 MiB, madvise MADV_HUGEPAGE; tools/bench.h) takes 2-3 % off sparse attention over 128K bf16 rows.
+     (Linux: mmap on 2 MiB, madvise MADV_HUGEPAGE; tools/bench.h) took 1 % off sparse attention over 128K rows where it was measured.
      Everything else works in a workspace that you own:
          size_t bytes;
          dsa_step_args args = { .n_seqs = 1, .seqs = &seq };        // pointers to data may still be NULL
@@ -3391,7 +3391,8 @@ DSA__AVX512 static void dsa__score_widen_avx512(dsa_type format, int32_t dim, co
     }
 }
 
-/* dsa__round_heads, the same bits, for D in whole vectors: a query's 16 us become 3, which two threads would wait for. */
+/* dsa__round_heads, the same bits, for D in whole vectors: the 16 to 18 us of a V3.2 query become 5 to 6, and every thread of a decode
+   step waits for them. */
 DSA__AVX512 static void dsa__hadamard_avx512(float *x, int32_t dim)
 {
     const __m512 norm = _mm512_set1_ps((float)(1.0 / sqrt((double)dim)));
@@ -3492,7 +3493,7 @@ static dsa__score_how dsa__score_how_avx512(int level, dsa_type format, int32_t 
     p.words = (dim + per - 1) / per;
     p.n_vectors = (n_heads + 15) / 16;
     if (p.unit == DSA__UNIT_F32) p.expand = format == DSA_F32 ? NULL : dsa__score_widen_avx512;
-    else if (format == DSA_FP8) { p.n_tables = 6; p.words = (p.words + 15) / 16 * 16; }      /* whole lines for dsa__expand */
+    else if (format == DSA_FP8) { p.n_tables = 6; p.words = (p.words + 15) / 16 * 16; }      /* whole lines: dsa__expand_fp8_avx512 */
     else if (dim % per != 0) p.expand = dsa__score_copy_avx512;
     if (p.expand || p.n_tables) p.row_bytes = ((size_t)dim + 63) / 64 * 64 * (size_t)(4 / per);
     return p;
@@ -6660,6 +6661,17 @@ static int32_t dsa__stripe(const int32_t *position, int32_t n, int32_t task, int
     return m;
 }
 
+/* Adds m rows of sums to the cache rows that they belong to, one after the other: a list may name a row twice. */
+static void dsa__scatter(int32_t m, const int32_t *mine, const int32_t *position, int32_t dim, const float *sum, int64_t lds, float *to)
+{
+    int32_t i, d;
+    for (i = 0; i < m; i++) {
+        float *DSA__RESTRICT row = to + (int64_t)position[mine[i]] * dim;
+        const float *DSA__RESTRICT from = sum + i * lds;
+        for (d = 0; d < dim; d++) row[d] += from[d];
+    }
+}
+
 /* The sets of rows [row, row + n) of the call; returns how many columns the longest has. `causal`: a list may not look ahead. */
 static int64_t dsa__spans(const dsa_ctx *ctx, const dsa_attend_args *a, dsa_kind kind, int causal, dsa__cursor *cur, int64_t row, int64_t n,
                           dsa__span *spans)
@@ -6844,7 +6856,7 @@ static void dsa__attend_back_rows(void *arg, int32_t task)
     const dsa__kernels *k = c->ctx->kernels;
     float *sum = c->scratch + task * c->scratch_stride, *p = sum + DSA__BACK_KEYS * c->ldk;
     float *ds = p + DSA__BACK_KEYS * (int64_t)c->wide;
-    int32_t *mine = (int32_t *)(void *)(sum + c->scratch_stride - 2 * DSA__BACK_KEYS), n_tasks = c->ctx->config.n_threads, i, j, m, h, d, n;
+    int32_t *mine = (int32_t *)(void *)(sum + c->scratch_stride - 2 * DSA__BACK_KEYS), n_tasks = c->ctx->config.n_threads, i, m, h, n;
     int64_t t;
     for (t = 0; t < c->n; t++) {
         const int64_t at = t * DSA__BACK_KEYS, head = (c->row + t) * c->H;
@@ -6879,11 +6891,7 @@ static void dsa__attend_back_rows(void *arg, int32_t task)
         memset(sum, 0, sizeof(float) * (size_t)m * (size_t)c->ldk);
         k->madd(m, c->dim_qk, c->H, ds, c->wide, 1, q, c->dim_qk, sum, c->ldk);
         k->madd(m, c->R, c->H, p, c->wide, 1, dout, c->R, sum, c->ldk);
-        for (i = 0; i < m; i++) {
-            float *DSA__RESTRICT row = to + (int64_t)c->position[at + mine[i]] * c->dim_qk;
-            const float *DSA__RESTRICT from = sum + i * c->ldk;
-            for (j = c->dim_qk, d = 0; d < j; d++) row[d] += from[d];
-        }
+        dsa__scatter(m, mine, c->position + at, c->dim_qk, sum, c->ldk, to);
     }
 }
 
@@ -7148,7 +7156,7 @@ static void dsa__index_back_keys(void *arg, int32_t task)
     const dsa_index_backward_args *a = c->args;
     const dsa__kernels *k = c->ctx->kernels;
     float *sum = c->scratch + task * c->scratch_stride, *u = sum + (int64_t)c->keys * c->D;
-    int32_t *mine = (int32_t *)(void *)(sum + c->scratch_stride - c->keys), n_tasks = c->ctx->config.n_threads, i, m, d, n;
+    int32_t *mine = (int32_t *)(void *)(sum + c->scratch_stride - c->keys), n_tasks = c->ctx->config.n_threads, i, m, n;
     int64_t t;
     for (t = 0; t < c->n; t++) {
         const int64_t at = t * c->keys;
@@ -7164,11 +7172,7 @@ static void dsa__index_back_keys(void *arg, int32_t task)
         for (i = 0; i < m; i++) memcpy(u + (int64_t)i * c->wide, all + (int64_t)mine[i] * c->wide, sizeof(float) * (size_t)c->wide);
         memset(sum, 0, sizeof(float) * (size_t)m * (size_t)c->D);
         k->madd(m, c->D, c->HI, u, c->wide, 1, q, c->D, sum, c->D);
-        for (i = 0; i < m; i++) {
-            float *DSA__RESTRICT row = to + (int64_t)c->position[at + mine[i]] * c->D;
-            const float *DSA__RESTRICT from = sum + (int64_t)i * c->D;
-            for (d = 0; d < c->D; d++) row[d] += from[d];
-        }
+        dsa__scatter(m, mine, c->position + at, c->D, sum, c->D, to);
     }
 }
 

@@ -376,14 +376,15 @@ extern "C" {
     X(DSA_ERR_ARGUMENT,    "an argument has a value outside its domain") \
     X(DSA_ERR_SHAPE,       "dimensions are missing, negative or do not fit together") \
     X(DSA_ERR_OVERFLOW,    "a size does not fit in size_t or a position not in int32") \
-    X(DSA_ERR_FORMAT,      "formats, dims or Hadamard flags of the caches in one call differ from each other or from the config") \
+    X(DSA_ERR_FORMAT,      "formats, dims, Hadamard flags or devices of the caches in one call differ from each other or the config") \
     X(DSA_ERR_TABLE,       "a block table is too short or names a page outside the pool") \
     X(DSA_ERR_CAPACITY,    "a cache has no room for the rows") \
     X(DSA_ERR_WORKSPACE,   "the workspace is smaller than the size query says") \
     X(DSA_ERR_MEMORY,      "the allocator returned NULL") \
     X(DSA_ERR_THREAD,      "a thread could not be started") \
     X(DSA_ERR_NO_DEVICE,   "no usable device of the requested kind") \
-    X(DSA_ERR_UNSUPPORTED, "not supported by this build, this CPU or this version")
+    X(DSA_ERR_UNSUPPORTED, "not supported by this build, this CPU or this version") \
+    X(DSA_ERR_DEVICE,      "the device failed: a copy or a launch returned an error")
 
 #define DSA__ENUM(name, text) name,
 typedef enum dsa_status { DSA_STATUS_LIST(DSA__ENUM) DSA__STATUS_COUNT } dsa_status;
@@ -480,6 +481,10 @@ typedef struct dsa_rope {
     double beta_fast, beta_slow; /* YaRN: 0 = 32 and 1 */
 } dsa_rope;
 
+/* ---- device ------------------------------------------------------------------------------- */
+/* A GPU that caches may live on: dsa_cuda_create() makes it (DSA_CUDA, at the end of the declarations), config.cuda names it. */
+typedef struct dsa_cuda dsa_cuda;
+
 /* ---- config ------------------------------------------------------------------------------- */
 /* Zero everywhere: DeepSeek-V3.2's shapes, plain RoPE, one thread. For a real model start from dsa_config_preset(). */
 typedef struct dsa_config {
@@ -521,6 +526,7 @@ typedef struct dsa_config {
     dsa_gemm gemm;               /* NULL: built-in */
     void *gemm_user;
     dsa_allocator allocator;     /* used by dsa_cache_create and dsa_pool_create only; zero = malloc/free */
+    dsa_cuda *cuda;              /* NULL: none. Caches created or viewed with device CUDA or AUTO live there */
     char *detail;                /* optional: on error, which argument of which call; zero-terminated. Left alone on success, but
                                     emptied by dsa_init */
     size_t detail_size;          /* (copies of a context on several threads want a buffer each) */
@@ -593,7 +599,7 @@ typedef struct dsa_cache_desc {
     int32_t dim;                 /* R or D                                    0 = from the config */
     int32_t dim_rope;            /* latent only: r                            0 = from the config, DSA_NONE = 0 */
     dsa_hadamard hadamard;       /* index keys only                           0 = the config's, which may be AUTO */
-    dsa_device device;           /* CPU, or AUTO = CPU in this version; CUDA: ERR_NO_DEVICE */
+    dsa_device device;           /* CUDA: config.cuda, else ERR_NO_DEVICE; AUTO: config.cuda if there is one, else CPU */
     int64_t capacity;            /* rows, 1 .. 2^31 - 1; a view reads it only where page_size is 0 */
     int32_t page_size;           /* rows per page                             0 = one page of `capacity` rows */
 } dsa_cache_desc;
@@ -620,7 +626,8 @@ typedef struct dsa_cache {
     size_t row_stride, page_stride, scale_page_stride;   /* bytes. Planar: no row_stride, and page_stride a multiple of 4 unless scales
                                     is set. The last two only count from the second page on */
     int64_t len;                 /* rows written so far */
-    dsa_device device;           /* where the rows live: CPU or CUDA, never AUTO */
+    dsa_device device;           /* where the rows live: CPU or CUDA, never AUTO. CUDA: data and scales are device pointers (block_table
+                                    is not) */
     void *owned;                 /* memory to release, or NULL */
     dsa_allocator allocator;     /* whose it is */
 } dsa_cache;
@@ -969,6 +976,152 @@ typedef struct dsa_pool dsa_pool;
 DSA_API dsa_status dsa_pool_create(const dsa_allocator *allocator, int32_t n_threads, dsa_pool **pool);   /* allocator NULL: malloc */
 DSA_API void       dsa_pool_destroy(dsa_pool *pool);                                                     /* NULL is fine */
 DSA_API void       dsa_pool_run(void *pool, int32_t n_tasks, dsa_task task, void *arg);                  /* a dsa_parallel_for */
+#endif
+
+/* ---- CUDA --------------------------------------------------------------------------------- */
+/* How calls reach a device: dsa_cuda.cu fills this in, nobody else touches it. The arguments have been checked and their defaults
+   resolved. run = 0 only asks whether a row fits in the device's scratch (ERR_WORKSPACE). */
+struct dsa_cuda {
+    dsa_allocator allocator;     /* of device memory */
+    dsa_status (*append)(const dsa_ctx *ctx, const dsa_cache *cache, int64_t n, const float *x, const int64_t *slots);
+    dsa_status (*read)(const dsa_ctx *ctx, const dsa_cache *cache, int64_t begin, int64_t end, float *out);
+    dsa_status (*score)(const dsa_ctx *ctx, const dsa_score_args *args, const dsa_selection *out, int64_t n_rows,
+                        float *scores, int64_t n_cols, int64_t stride, int run);
+    dsa_status (*attend)(const dsa_ctx *ctx, const dsa_attend_args *args, const dsa_attend_state *state, int exact, int fused, int causal,
+                         const float *sinks, float *lse, float *max_logit, int run);
+};
+
+#ifdef DSA_CUDA                  /* what follows is in dsa_cuda.cu: make cuda */
+typedef enum dsa_cuda_path {
+    DSA_CUDA_AUTO = 0,           /* the best that the device has */
+    DSA_CUDA_REFERENCE,          /* no tensor cores: bit for bit the CPU's scalar path (lse but for the last bit of its logarithm) */
+    DSA_CUDA_PORTABLE,           /* tensor cores of compute capability 8.0 */
+    DSA_CUDA_HOPPER              /* 9.0 */
+} dsa_cuda_path;
+
+typedef struct dsa_cuda_desc {
+    int32_t device;              /* CUDA's number of the device                       0 = the first */
+    dsa_cuda_path path;
+    size_t scratch;              /* device memory for the operands of host-level calls 0 = 256 MiB */
+    dsa_allocator allocator;     /* of the little that lies on the host; zero = malloc */
+} dsa_cuda_desc;
+
+/* A device for config.cuda, with its stream and its scratch: every call on caches that live there copies its operands to the scratch and
+   its results back, in tiles of rows, and returns when they are there. One such call at a time may run on a dsa_cuda; it must outlive its
+   caches. desc NULL: all defaults. ERR_NO_DEVICE: no such device, no driver, compute capability below 8.0, or a path it does not have. */
+extern dsa_status    dsa_cuda_create(const dsa_cuda_desc *desc, dsa_cuda **cuda);
+extern void          dsa_cuda_destroy(dsa_cuda *cuda);                /* NULL is fine */
+extern dsa_cuda_path dsa_cuda_query_path(const dsa_cuda *cuda);       /* the path that AUTO became */
+
+/* Device level, for engines that live on the GPU: all pointers in the structs below are device pointers (but to caches), the work goes to
+   `stream` (a cudaStream_t of config.cuda's device, which is current; NULL = the default stream), nothing is allocated and nothing waits:
+   the calls may be captured in a CUDA graph. What lies in device memory is not checked; entries outside their range are skipped.
+   ERR_DEVICE: a launch was refused. Workspace: device memory of any alignment, one call at a time.
+
+   A cache says where the pool lies and what is in it: kind to page_size, n_pages, data, scales, strides (dsa_cache_view with device CUDA
+   fills it in). Its len is not read, and block_table, set by hand afterwards, is a device pointer here: [n_seqs, n_blocks], or NULL: block
+   b of every sequence is page b. */
+typedef struct dsa_cuda_batch {
+    int32_t n_seqs;
+    int64_t n_rows;              /* query rows of all sequences */
+    int64_t max_len;             /* no len exceeds it (those that do are cut): it sizes grids and workspace */
+    const int32_t *lens;         /* [n_seqs] rows that a sequence sees, those of its queries included */
+    const int32_t *first_row;    /* optional [n_seqs + 1], ascending from 0: sequence b has the query rows [first_row[b], first_row[b + 1]);
+                                    NULL: n_rows / n_seqs each */
+} dsa_cuda_batch;
+
+typedef struct dsa_cuda_append_args {
+    dsa_cuda_batch batch;        /* query row i of a sequence's n goes to position len - n + i */
+    const dsa_cache *latent;     /* optional */
+    const dsa_cache *index;      /* optional */
+    const void *latent_rows;     /* [n_rows, R + r] */
+    const void *index_rows;      /* [n_rows, D] before Hadamard */
+    dsa_type type;               /* of both: F32, BF16 */
+    const int64_t *slots;        /* optional [n_rows]: these physical slots instead; what lies outside the pool is skipped */
+} dsa_cuda_append_args;
+extern dsa_status dsa_cuda_append(const dsa_ctx *ctx, const dsa_cuda_append_args *args, void *stream);
+
+typedef struct dsa_cuda_score_args {
+    dsa_cuda_batch batch;
+    const dsa_cache *index;
+    const void *q;               /* [n_rows, HI, D] */
+    dsa_type q_type;             /* F32, BF16: after RoPE, before Hadamard and rounding. FP8 (over FP8 keys): rotated and rounded, the scale
+                                    of each head already in w */
+    const float *w;              /* [n_rows, HI] */
+    const int32_t *ks, *ke;      /* optional [n_rows] as in dsa_score_args */
+    int32_t n_index_heads;       /* 0 = the config's */
+    void *workspace;
+    size_t workspace_size;
+} dsa_cuda_score_args;
+/* scores and the arrays of *out as in dsa_score and dsa_score_select, on the device. The workspace does not hold all scores. */
+extern dsa_status dsa_cuda_score_workspace(const dsa_ctx *ctx, const dsa_cuda_score_args *args, size_t *bytes);
+extern dsa_status dsa_cuda_score(const dsa_ctx *ctx, const dsa_cuda_score_args *args, float *scores, int64_t n_cols, int64_t stride,
+                                 void *stream);
+extern dsa_status dsa_cuda_score_select_workspace(const dsa_ctx *ctx, const dsa_cuda_score_args *args, const dsa_selection *out,
+                                                  size_t *bytes);
+extern dsa_status dsa_cuda_score_select(const dsa_ctx *ctx, const dsa_cuda_score_args *args, const dsa_selection *out, void *stream);
+
+typedef struct dsa_cuda_select_args {
+    int64_t n_rows;
+    const float *scores;         /* [n_rows, stride] */
+    int64_t n_cols, stride;      /* floats */
+    const int32_t *ks, *ke;      /* optional [n_rows] */
+    void *workspace;
+    size_t workspace_size;
+} dsa_cuda_select_args;
+extern dsa_status dsa_cuda_select_workspace(const dsa_ctx *ctx, const dsa_cuda_select_args *args, const dsa_selection *out, size_t *bytes);
+extern dsa_status dsa_cuda_select(const dsa_ctx *ctx, const dsa_cuda_select_args *args, const dsa_selection *out, void *stream);
+
+/* begin, add and finish in one. The result without sinks is a partial for dsa_cuda_merge. */
+typedef struct dsa_cuda_attend_args {
+    dsa_cuda_batch batch;
+    const dsa_cache *latent;
+    const void *q;               /* [n_rows, n_heads, R + r] */
+    dsa_type q_type;             /* F32, BF16 */
+    float scale;                 /* 0 = the config's */
+    dsa_attend_what what;
+    dsa_index_kind index_kind;
+    const int32_t *indices;      /* LIST: [n_rows, index_stride] */
+    int64_t n_indices, index_stride;   /* 0 = the config's top_k; 0 = n_indices */
+    const int32_t *counts;       /* optional [n_rows] */
+    const int32_t *ks, *ke;      /* RANGE: [n_rows] */
+    int32_t n_heads, dim_v;      /* 0 = the config's n_heads, dim_latent */
+    const float *sinks;          /* optional [n_heads] */
+    void *out;                   /* [n_rows, n_heads, dim_v] */
+    dsa_type out_type;           /* F32, BF16 */
+    float *lse, *max_logit;      /* optional [n_rows, n_heads]; an empty row: +inf, -inf */
+    void *workspace;
+    size_t workspace_size;
+} dsa_cuda_attend_args;
+extern dsa_status dsa_cuda_attend_workspace(const dsa_ctx *ctx, const dsa_cuda_attend_args *args, size_t *bytes);
+extern dsa_status dsa_cuda_attend(const dsa_ctx *ctx, const dsa_cuda_attend_args *args, void *stream);
+/* dsa_attend_merge of outs [n_parts, n_rows, n_heads, dim_v] f32 and lses [n_parts, n_rows, n_heads]; an lse of +inf or -inf is an empty
+   part. out may not be one of them. */
+extern dsa_status dsa_cuda_merge(const dsa_ctx *ctx, int32_t n_parts, const float *outs, const float *lses, int64_t n_rows, int32_t n_heads,
+                                 int32_t dim_v, const float *sinks, void *out, dsa_type out_type, float *lse, void *stream);
+
+typedef struct dsa_cuda_step_args {
+    dsa_cuda_batch batch;
+    const dsa_cache *latent, *index;
+    const void *latent_rows;     /* optional, with index_rows: rows to append first, to the last positions below lens */
+    const void *index_rows;
+    dsa_type type;               /* of the new rows and of q: F32, BF16 */
+    const void *q;               /* [n_rows, H, R + r] */
+    const void *index_q;         /* [n_rows, HI, D] */
+    dsa_type index_q_type;       /* as in dsa_cuda_score_args */
+    const float *index_w;        /* [n_rows, HI] */
+    float scale;                 /* 0 = the config's */
+    const float *sinks;          /* optional [H] */
+    int32_t top_k;               /* 0 = the config's */
+    void *out;                   /* [n_rows, H, R] */
+    dsa_type out_type;           /* F32, BF16 */
+    float *lse;                  /* optional [n_rows, H] */
+    int32_t *indices;            /* optional [n_rows, k]; NULL: in the workspace */
+    void *workspace;
+    size_t workspace_size;
+} dsa_cuda_step_args;
+extern dsa_status dsa_cuda_step_workspace(const dsa_ctx *ctx, const dsa_cuda_step_args *args, size_t *bytes);
+extern dsa_status dsa_cuda_step(const dsa_ctx *ctx, const dsa_cuda_step_args *args, void *stream);
 #endif
 
 #ifdef __cplusplus
@@ -4621,6 +4774,15 @@ DSA_API dsa_rope dsa_config_index_rope(const dsa_ctx *ctx)
    ============================================================================================
    A row is addressed by its slot = page * page_size + offset; a logical position becomes one through the block table. */
 
+/* The rows of a cache on a device are out of reach here: the calls that touch them go to config.cuda once all is checked. */
+static int dsa__on_device(const dsa_cache *c) { return c && c->device == DSA_DEVICE_CUDA; }
+
+static dsa_status dsa__fail_device(const dsa_ctx *ctx, dsa_status st)
+{
+    if (st == DSA_ERR_WORKSPACE) return dsa__fail(ctx, st, "cuda: one row of this call does not fit in the device's scratch");
+    return st == DSA_OK ? st : dsa__fail(ctx, st, "cuda: a copy or a launch failed");
+}
+
 static int dsa__planar(dsa_kind kind, dsa_type format) { return kind == DSA_INDEX_KEY && (format == DSA_FP8 || format == DSA_INT8); }
 
 DSA_API dsa_status dsa_row_bytes(dsa_kind kind, dsa_type format, int32_t dim, int32_t dim_rope, size_t *bytes)
@@ -4680,9 +4842,11 @@ static dsa_status dsa__cache_shape(const dsa_ctx *ctx, const dsa_cache_desc *des
         c->hadamard = h == DSA_HADAMARD_ON || (h == DSA_HADAMARD_AUTO && dsa__planar(desc->kind, desc->format));
     if (c->hadamard && !dsa__is_pow2(c->dim))
         return dsa__fail(ctx, DSA_ERR_SHAPE, "cache: Hadamard needs a dim that is a power of two; FP8 and INT8 use it unless OFF");
-    if (desc->device == DSA_DEVICE_CUDA) return dsa__fail(ctx, DSA_ERR_NO_DEVICE, "cache: this build has no CUDA device");
-    if (desc->device != DSA_DEVICE_CPU && desc->device != DSA_DEVICE_AUTO) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "cache: unknown device");
-    c->device = DSA_DEVICE_CPU;
+    if (desc->device != DSA_DEVICE_CPU && desc->device != DSA_DEVICE_CUDA && desc->device != DSA_DEVICE_AUTO)
+        return dsa__fail(ctx, DSA_ERR_ARGUMENT, "cache: unknown device");
+    c->device = desc->device != DSA_DEVICE_CPU && ctx->config.cuda ? DSA_DEVICE_CUDA : DSA_DEVICE_CPU;
+    if (desc->device == DSA_DEVICE_CUDA && !ctx->config.cuda)
+        return dsa__fail(ctx, DSA_ERR_NO_DEVICE, "cache: config.cuda is NULL, there is no device for it");
     if (desc->capacity < 0 || desc->capacity > DSA__MAX_POS || desc->page_size < 0)
         return dsa__fail(ctx, DSA_ERR_SHAPE, "cache: capacity must lie in [0, 2^31 - 1] and page_size may not be negative");
     page = desc->page_size ? desc->page_size : dsa__max64(desc->capacity, 1);
@@ -4726,13 +4890,16 @@ DSA_API dsa_status dsa_cache_init(const dsa_ctx *ctx, const dsa_cache_desc *desc
 
 DSA_API dsa_status dsa_cache_create(const dsa_ctx *ctx, const dsa_cache_desc *desc, dsa_cache *cache)
 {
-    size_t need = 0;
+    size_t need = 0, need_page = 0;
     void *memory;
+    dsa_cache c;
     dsa_allocator a;
     dsa_status st = dsa_cache_bytes(ctx, desc, &need);
     if (st != DSA_OK) return st;
     if (!cache) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_cache_create: cache is NULL");
-    a = dsa__allocator(&ctx->config.allocator);
+    st = dsa__cache_shape(ctx, desc, &c, &need_page);
+    if (st != DSA_OK) return st;
+    a = c.device == DSA_DEVICE_CUDA ? ctx->config.cuda->allocator : dsa__allocator(&ctx->config.allocator);
     if (!a.alloc) return dsa__fail(ctx, DSA_ERR_UNSUPPORTED, "dsa_cache_create: DSA_NO_MALLOC needs config.allocator");
     memory = a.alloc(a.user, need);
     if (!memory) return dsa__fail(ctx, DSA_ERR_MEMORY, "dsa_cache_create: the allocator returned NULL");
@@ -4764,7 +4931,9 @@ static dsa_status dsa__cache_check(const dsa_ctx *ctx, const dsa_cache *c, dsa_k
     int64_t b;
     dsa_status st;
     if (c->kind != kind) return dsa__fail(ctx, DSA_ERR_FORMAT, "cache: latents where index keys belong, or the other way round");
-    if (c->device != DSA_DEVICE_CPU) return dsa__fail(ctx, DSA_ERR_NO_DEVICE, "cache: rows lie on a device that this build does not have");
+    if (c->device != DSA_DEVICE_CPU && c->device != DSA_DEVICE_CUDA) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "cache: unknown device");
+    if (c->device == DSA_DEVICE_CUDA && !ctx->config.cuda)
+        return dsa__fail(ctx, DSA_ERR_NO_DEVICE, "cache: the rows lie on a device, and config.cuda is NULL");
     st = dsa_row_bytes(c->kind, c->format, c->dim, c->dim_rope, &row);
     if (st != DSA_OK) return dsa__fail(ctx, st, "cache: this kind cannot have this format or these dims");
     if (kind == DSA_INDEX_KEY && c->dim > DSA_MAX_DIM_INDEX)
@@ -4923,6 +5092,7 @@ DSA_API dsa_status dsa_cache_read(const dsa_ctx *ctx, const dsa_cache *cache, in
         return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_cache_read: not 0 <= begin <= end <= len");
     if (begin < end && !out) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_cache_read: out is NULL");
     width = (int64_t)cache->dim + cache->dim_rope;
+    if (dsa__on_device(cache)) return dsa__fail_device(ctx, ctx->config.cuda->read(ctx, cache, begin, end, out));
     for (t = begin; t < end; t++) {
         int64_t slot = dsa__slot(cache, t);
         const unsigned char *p = dsa__row_at(cache, slot);
@@ -4981,6 +5151,7 @@ static dsa_status dsa__batch_check(const dsa_ctx *ctx, int32_t n_seqs, const dsa
             return dsa__fail(ctx, DSA_ERR_FORMAT, "a cache's Hadamard flag differs from the config's");
         if (c->format != first->format || (c->hadamard != 0) != (first->hadamard != 0))
             return dsa__fail(ctx, DSA_ERR_FORMAT, "the caches of one call differ in format or Hadamard flag");
+        if (c->device != first->device) return dsa__fail(ctx, DSA_ERR_FORMAT, "the caches of one call live on different devices");
     }
     return DSA_OK;
 }
@@ -5075,14 +5246,17 @@ static dsa_status dsa__append_check(const dsa_ctx *ctx, int32_t n_seqs, const ds
     return DSA_OK;
 }
 
-static void dsa__append_rows(dsa_cache *c, int64_t n, const float *x, const int64_t *slots)
+static dsa_status dsa__append_rows(const dsa_ctx *ctx, dsa_cache *c, int64_t n, const float *x, const int64_t *slots)
 {
     int64_t t, width = (int64_t)c->dim + c->dim_rope;
-    for (t = 0; t < n; t++) {
+    dsa_status st = n > 0 && dsa__on_device(c) ? ctx->config.cuda->append(ctx, c, n, x, slots) : DSA_OK;
+    if (st != DSA_OK) return dsa__fail_device(ctx, st);
+    for (t = 0; t < n && !dsa__on_device(c); t++) {
         int64_t slot = slots ? slots[t] : dsa__slot(c, c->len + t);
         if (slot >= 0) dsa__store_row(c, slot, x + t * width);
     }
     if (!slots) c->len += n;
+    return DSA_OK;
 }
 
 DSA_API dsa_status dsa_append(const dsa_ctx *ctx, const dsa_append_args *a)
@@ -5098,16 +5272,17 @@ DSA_API dsa_status dsa_append(const dsa_ctx *ctx, const dsa_append_args *a)
     if (st == DSA_OK && a->latent) st = dsa__append_check(ctx, a->n_seqs, a->seqs, DSA_LATENT, a->slots);
     if (st == DSA_OK && a->index_key) st = dsa__append_check(ctx, a->n_seqs, a->seqs, DSA_INDEX_KEY, a->slots);
     if (st != DSA_OK) return st;
-    for (i = 0; i < a->n_seqs; i++) {
-        int64_t n = dsa__n_q(&a->seqs[i]);
+    for (i = 0; i < a->n_seqs && st == DSA_OK; i++) {
+        const dsa_seq *s = &a->seqs[i];
+        int64_t n = dsa__n_q(s);
         const int64_t *slots = a->slots ? a->slots + row : NULL;
         if (a->latent)
-            dsa__append_rows(a->seqs[i].latent, n, a->latent + row * ((int64_t)ctx->config.dim_latent + ctx->config.dim_rope), slots);
-        if (a->index_key)
-            dsa__append_rows(a->seqs[i].index, n, a->index_key + row * ctx->config.dim_index, slots);
+            st = dsa__append_rows(ctx, s->latent, n, a->latent + row * ((int64_t)ctx->config.dim_latent + ctx->config.dim_rope), slots);
+        if (a->index_key && st == DSA_OK)
+            st = dsa__append_rows(ctx, s->index, n, a->index_key + row * ctx->config.dim_index, slots);
         row += n;
     }
-    return DSA_OK;
+    return st;
 }
 
 /* ============================================================================================
@@ -5143,7 +5318,17 @@ typedef struct dsa__score_call {
     float *scores;                           /* plain scores: [n_rows, stride] */
     int64_t n_cols, stride;
     int64_t row, n;                          /* the rows whose keys are being split */
+    int on_device;                           /* the keys are on config.cuda: no scratch here */
 } dsa__score_call;
+
+/* The call, or with run = 0 only whether it can run, on the device that holds the keys. */
+static dsa_status dsa__score_device(const dsa__score_call *call, int run)
+{
+    dsa_score_args a = *call->args;
+    a.n_index_heads = call->n_heads;
+    return dsa__fail_device(call->ctx, call->ctx->config.cuda->score(call->ctx, &a, call->out ? &call->sel : NULL, call->n_rows,
+                                                                      call->scores, call->n_cols, call->stride, run));
+}
 
 /* Resolves and checks; takes the scratch of all tasks from the arena. */
 static dsa_status dsa__score_plan(const dsa_ctx *ctx, const dsa_score_args *a, const dsa_selection *out,
@@ -5176,6 +5361,8 @@ static dsa_status dsa__score_plan(const dsa_ctx *ctx, const dsa_score_args *a, c
         longest = dsa__max64(longest, dsa__n_q(&a->seqs[i]));
         format = a->seqs[i].index->format;
     }
+    call->on_device = a->n_seqs > 0 && dsa__on_device(a->seqs[0].index);
+    if (call->on_device) return dsa__score_device(call, 0);
     D = ctx->config.dim_index;
     call->n_tasks = ctx->config.n_threads;               /* of no length: an append between query and call changes no size */
     call->group = (int32_t)dsa__max64(1, dsa__min64(longest, call->n_rows < call->n_tasks ? DSA__GROUP_SPLIT
@@ -5420,6 +5607,7 @@ DSA_API dsa_status dsa_score(const dsa_ctx *ctx, const dsa_score_args *args, flo
     call.scores = scores;
     call.n_cols = n_cols;
     call.stride = stride;
+    if (call.on_device) return dsa__score_device(&call, 1);
     dsa__score_run(&call);
     return DSA_OK;
 }
@@ -5430,6 +5618,7 @@ DSA_API dsa_status dsa_score_select(const dsa_ctx *ctx, const dsa_score_args *ar
     dsa_status st;
     if (!out) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_score_select: out is NULL");
     st = dsa__score_start(ctx, args, out, &call);
+    if (st == DSA_OK && call.on_device) return dsa__score_device(&call, 1);
     if (st == DSA_OK) dsa__score_run(&call);
     return st;
 }
@@ -5605,7 +5794,18 @@ typedef struct dsa__attend_call {
     int causal;                              /* a list may not see what only a longer chunk has appended already: dsa_step, dsa_layer */
     const float *sinks;
     float *lse, *max_logit;
+    int on_device;                           /* the rows are on config.cuda: no scratch here */
 } dsa__attend_call;
+
+static dsa_status dsa__attend_device(const dsa__attend_call *call, int run)
+{
+    dsa_attend_args a = *call->args;
+    a.scale = call->shape.scale;
+    a.n_indices = call->n_indices;
+    a.index_stride = call->index_stride;
+    return dsa__fail_device(call->ctx, call->ctx->config.cuda->attend(call->ctx, &a, &call->state, call->shape.exact, call->fused,
+                                                                       call->causal, call->sinks, call->lse, call->max_logit, run));
+}
 
 static dsa_status dsa__state_check(const dsa_ctx *ctx, const dsa_attend_state *state, dsa_attend_state *s)
 {
@@ -5701,6 +5901,8 @@ static dsa_status dsa__attend_plan(const dsa_ctx *ctx, const dsa_attend_args *a,
     if (n_rows != call->state.n_rows) return dsa__fail(ctx, DSA_ERR_SHAPE, "attend: state.n_rows differs from the rows of seqs");
     for (t = 0; t < a->n_seqs; t++) shape->format = a->seqs[t].latent->format;
     shape->exact = shape->format == DSA_F32 || ctx->config.precision == DSA_PRECISION_F32;
+    call->on_device = a->n_seqs > 0 && dsa__on_device(a->seqs[0].latent);
+    if (call->on_device) return dsa__attend_device(call, 0);
 
     n_tasks = ctx->config.n_threads;
     groups = (call->state.n_heads + DSA__HEADS - 1) / DSA__HEADS;
@@ -5772,9 +5974,11 @@ static void dsa__attend_task_run(void *arg, int32_t task)
     }
 }
 
-static void dsa__attend_run(dsa__attend_call *call)
+static dsa_status dsa__attend_run(dsa__attend_call *call)
 {
+    if (call->on_device) return dsa__attend_device(call, 1);
     dsa__parallel(call->ctx, call->state.n_rows * call->n_parts, dsa__attend_task_run, call);
+    return DSA_OK;
 }
 
 DSA_API dsa_status dsa_attend_workspace(const dsa_ctx *ctx, const dsa_attend_args *args, const dsa_attend_state *state, size_t *bytes)
@@ -5812,8 +6016,7 @@ DSA_API dsa_status dsa_attend_add(const dsa_ctx *ctx, const dsa_attend_args *a, 
 {
     dsa__attend_call call;
     dsa_status st = dsa__attend_start(ctx, a, state, &call);
-    if (st == DSA_OK) dsa__attend_run(&call);
-    return st;
+    return st == DSA_OK ? dsa__attend_run(&call) : st;
 }
 
 static dsa_status dsa__attend_fused(const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state, int causal,
@@ -5827,8 +6030,7 @@ static dsa_status dsa__attend_fused(const dsa_ctx *ctx, const dsa_attend_args *a
     call.sinks = sinks;
     call.lse = lse;
     call.max_logit = max_logit;
-    dsa__attend_run(&call);
-    return DSA_OK;
+    return dsa__attend_run(&call);
 }
 
 DSA_API dsa_status dsa_attend(const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state, const float *sinks,
@@ -5978,7 +6180,7 @@ DSA_API dsa_status dsa_step(const dsa_ctx *ctx, const dsa_step_args *a)
     if (st == DSA_OK && a->latent) st = dsa_append(ctx, &c.append);
     if (st == DSA_OK) st = dsa_score_select(ctx, &c.score, &c.sel);
     if (st == DSA_OK) st = dsa__attend_fused(ctx, &c.attend, &c.state, 1, a->sinks, a->lse, NULL);
-    DSA_ASSERT(st == DSA_OK);
+    DSA_ASSERT(st == DSA_OK || st == DSA_ERR_DEVICE);
     return st;
 }
 
@@ -6381,7 +6583,7 @@ DSA_API dsa_status dsa_layer(const dsa_ctx *ctx, const dsa_layer_args *a)
         }
         st = dsa__layer_tile(ctx, a, &c, row, n, n_seqs);
     }
-    DSA_ASSERT(st == DSA_OK);
+    DSA_ASSERT(st == DSA_OK || st == DSA_ERR_DEVICE);
     return st;
 }
 

@@ -12,6 +12,18 @@ BLIS_LIBS_1 = -lblis
 BLIS_CFLAGS = $(BLIS_CFLAGS_$(BLIS))
 BLIS_LIBS = $(BLIS_LIBS_$(BLIS))
 
+# CUDA=1: tools that know --cuda, with build/dsa_cuda.o. nvcc comes from CUDA_HOME or PATH; CUDA_ARCHS are its architectures, and the
+# first one goes in as PTX too, which newer devices than those named compile when they load it.
+NVCC = $(if $(CUDA_HOME),$(CUDA_HOME)/bin/nvcc,nvcc)
+CUDA_ARCHS = 80 90a 120
+CUDA_FLAGS = -std=c++17 -O3 $(foreach a,$(CUDA_ARCHS),-gencode=arch=compute_$(a),code=sm_$(a)) \
+	-gencode=arch=compute_$(firstword $(CUDA_ARCHS)),code=compute_$(firstword $(CUDA_ARCHS))
+CUDA_ROOT = $(if $(CUDA_HOME),$(CUDA_HOME),$(patsubst %/bin/,%,$(dir $(shell command -v nvcc))))
+CUDA_LINK = build/dsa_cuda.o -L$(CUDA_ROOT)/lib64 -lcudart_static -lstdc++ -ldl -lrt
+CUDA_OBJECT_1 = build/dsa_cuda.o
+CUDA_CFLAGS_1 = -DDSA_CUDA
+CUDA_LIBS_1 = $(CUDA_LINK)
+
 BUILD = $(CC) $(CFLAGS) $(WARN)
 TOOLS = build/conformance build/generate build/needle build/demo build/bench
 EXAMPLES = build/01_quick_start build/02_paged_attention build/03_decode_step build/04_layer build/05_sharded_attention
@@ -32,8 +44,10 @@ help:
 	@echo 'make bench-peers  the same work by the GEMMs of oneDNN, OpenBLAS and BLIS, where they are installed'
 	@echo 'make examples     build the numbered examples'
 	@echo 'make conformance  compare the library with the reference vectors'
+	@echo 'make cuda         build/dsa_cuda.o, the GPU part (nvcc on PATH or in CUDA_HOME)'
+	@echo 'make test-cuda    compare the GPU with the CPU'
 	@echo 'make clean        remove build/'
-	@echo 'Settings: CC=cc CFLAGS=-O3, BLIS=1 for the tools with BLIS'
+	@echo 'Settings: CC=cc CFLAGS=-O3, BLIS=1 for the tools with BLIS, CUDA=1 for the tools with --cuda, CUDA_ARCHS="80 90a 120"'
 
 tools: $(TOOLS)
 
@@ -63,13 +77,27 @@ conformance: build/conformance
 	build/conformance tests/vectors/*.safetensors
 	build/conformance --model examples/tiny-dsa examples/tiny-dsa/reference.safetensors
 
+cuda: build/dsa_cuda.o
+
+test-cuda: build/test_cuda
+	build/test_cuda
+
+build/dsa_cuda.o: dsa_cuda.cu dsa.h build/cuda_flags
+	$(NVCC) $(CUDA_FLAGS) -c -o $@ $<
+
+build/test_cuda: tests/test_cuda.c build/impl.o build/dsa_cuda.o $(TEST_HEADERS)
+	$(BUILD) -isystem $(CUDA_ROOT)/include -o $@ $< build/impl.o $(CUDA_LINK) $(LIBS)
+
 clean:
 	rm -rf build
 
 # Rewritten when the compiler or its flags change, so that nothing built with other ones is kept.
 build/flags: always
 	@mkdir -p build
-	@echo '$(BUILD) $(BLIS_CFLAGS)' | cmp -s - $@ || echo '$(BUILD) $(BLIS_CFLAGS)' > $@
+	@echo '$(BUILD) $(BLIS_CFLAGS) $(CUDA)' | cmp -s - $@ || echo '$(BUILD) $(BLIS_CFLAGS) $(CUDA)' > $@
+build/cuda_flags: always
+	@mkdir -p build
+	@echo '$(NVCC) $(CUDA_FLAGS)' | cmp -s - $@ || echo '$(NVCC) $(CUDA_FLAGS)' > $@
 always:
 
 build/test: $(TEST_OBJECTS)
@@ -78,10 +106,10 @@ build/test: $(TEST_OBJECTS)
 $(TEST_OBJECTS): build/%.o: tests/%.c $(TEST_HEADERS) build/flags
 	$(BUILD) -c -o $@ $<
 
-$(TOOLS): build/%: tools/%.c $(TOOL_HEADERS) build/flags
-	$(BUILD) $(BLIS_CFLAGS) -DDSA_BUILD='"$(BUILD)"' -o $@ $< $(BLIS_LIBS) $(LIBS)
+$(TOOLS): build/%: tools/%.c $(TOOL_HEADERS) build/flags $(CUDA_OBJECT_$(CUDA))
+	$(BUILD) $(BLIS_CFLAGS) $(CUDA_CFLAGS_$(CUDA)) -DDSA_BUILD='"$(BUILD)"' -o $@ $< $(BLIS_LIBS) $(CUDA_LIBS_$(CUDA)) $(LIBS)
 
 $(EXAMPLES): build/%: examples/%.c dsa.h examples/safetensors.h build/flags
 	$(BUILD) -o $@ $< $(LIBS)
 
-.PHONY: help tools demo test check bench bench-sweep bench-peers examples conformance clean always
+.PHONY: help tools demo test check bench bench-sweep bench-peers examples conformance cuda test-cuda clean always

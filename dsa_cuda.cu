@@ -660,6 +660,7 @@ static __global__ void __launch_bounds__(256) dsa__cu_attend_reference(dsa__cu_a
                 have += __popc(valid);
                 next += 32;
             }
+            __syncwarp();                                /* all lanes have read it */
             if (tid == 0) held = have;
         }
         __syncthreads();

@@ -31,6 +31,7 @@ static const char usage[] =
     "  --isa NAME     auto (default), scalar, avx2, avx512, avx512base or neon\n"
     "  --threads N    threads, 1 to 256 (default 1); no result depends on it\n"
     "  --model DIR    a folder with config.json and model.safetensors, in Hugging Face format\n"
+    DEVICE_HELP
     "  --json         one JSON object per comparison\n"
     "  --help         this text\n"
     "\n"
@@ -105,6 +106,14 @@ int main(int argc, char **argv)
             r.json = 1;
             continue;
         }
+#ifdef DSA_CUDA
+        if (strcmp(option, "--cuda") == 0) {
+            if (++i == argc) return wrong_usage("a value must follow ", option);
+            device_close(r.base.cuda);
+            if (device_open("conformance", argv[i], &r.base.cuda) != 0) return 2;
+            continue;
+        }
+#endif
         if (strcmp(option, "--isa") != 0 && strcmp(option, "--threads") != 0 && strcmp(option, "--model") != 0)
             return wrong_usage("unknown option ", option);
         if (++i == argc) return wrong_usage("a value must follow ", option);
@@ -136,6 +145,7 @@ int main(int argc, char **argv)
         bad |= check_file(&r, model_dir) == FILE_BAD;
     }
     dsa_pool_destroy(pool);
+    device_close(r.base.cuda);
     fprintf(stderr, "conformance: %ld comparisons, %ld failed (ISA %s, %d thread%s)\n", r.checks, r.failed,
             dsa_isa_name(dsa_query_isa(&ctx)), (int)r.base.n_threads, r.base.n_threads == 1 ? "" : "s");
     if (fflush(stdout) != 0 || ferror(stdout)) {

@@ -368,12 +368,14 @@ static int check_fp8_cache(run *r, const st_file *file)
 
     if (ok) {                    /* the file's own bytes, read through a view */
         dsa_cache view;
-        unsigned char *copy = (unsigned char *)allocate(packed->bytes, 1);
+        int shared;
+        unsigned char *copy = store_memory(&ctx, packed->bytes, &shared);
         memcpy(copy, packed->data, packed->bytes);
         desc.page_size = (int32_t)page;
+        desc.device = DSA_DEVICE_AUTO;
         if (called(r, dsa_cache_view(&ctx, &desc, copy, n / page, 0, NULL, n / page, n, &view), "view"))
             fp8_compare(r, &ctx, &view, n, bytes, row_bytes, values, "view");
-        free(copy);
+        store_memory_free(copy, shared);
     }
     free(rows);
     free(values);
@@ -401,8 +403,8 @@ static dsa_status mqa_store(const dsa_ctx *ctx, const mqa *m, layout where, stor
     if (status != DSA_OK) return status;
     if (where == CONTIGUOUS) {
         size_t keys = (size_t)m->n_keys * (size_t)m->dim;
-        free(s->memory);
-        s->memory = (unsigned char *)allocate(keys + (size_t)m->n_keys * 4, 1);
+        store_memory_free(s->memory, s->shared);
+        s->memory = store_memory(ctx, keys + (size_t)m->n_keys * 4, &s->shared);
         memcpy(s->memory, m->key, keys);
         memcpy(s->memory + keys, m->key_scale, (size_t)m->n_keys * 4);
         s->cache.data = s->memory;

@@ -376,6 +376,7 @@ static int open_engine(run *r, engine *e, const engine_model *m, int64_t n, layo
 {
     engine_options options = { 0 };
     options.isa = r->base.isa;
+    options.cuda = r->base.cuda;
     options.n_threads = r->base.n_threads;
     options.max_tokens = n;
     options.gemm = ENGINE_GEMM;
@@ -637,6 +638,7 @@ static int check_model(run *r, const st_file *file)
             }
         dsa_config config = model.dsa;
         config.isa = r->base.isa;
+        config.cuda = r->base.cuda;
         config.n_threads = r->base.n_threads;
         config.parallel_for = r->base.parallel_for;
         config.parallel_user = r->base.parallel_user;

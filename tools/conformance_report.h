@@ -297,12 +297,34 @@ typedef struct store {
     dsa_cache cache;
     unsigned char *memory;
     size_t bytes;
+    int shared;                  /* memory is the device's as well */
     int32_t *table;              /* NULL when contiguous */
 } store;
 
+/* Poisoned memory where the context's caches live. */
+static unsigned char *store_memory(const dsa_ctx *ctx, size_t bytes, int *shared)
+{
+    unsigned char *memory;
+    *shared = ctx->config.cuda != NULL;
+    if (!*shared) return (unsigned char *)poisoned(bytes);
+    memory = (unsigned char *)device_shared(bytes);
+    if (!memory) {
+        fprintf(stderr, "conformance: out of memory\n");
+        exit(2);
+    }
+    memset(memory, 0xFF, bytes);
+    return memory;
+}
+
+static void store_memory_free(unsigned char *memory, int shared)
+{
+    if (shared) device_shared_free(memory);
+    else free(memory);
+}
+
 static void store_free(store *s)
 {
-    free(s->memory);
+    store_memory_free(s->memory, s->shared);
     free(s->table);
     memset(s, 0, sizeof *s);
 }
@@ -330,10 +352,11 @@ static dsa_status store_make(const dsa_ctx *ctx, dsa_cache_desc desc, int32_t pa
     dsa_status status;
     memset(s, 0, sizeof *s);
     desc.page_size = page_size;
+    desc.device = DSA_DEVICE_AUTO;
     if (!page_size) {
         status = dsa_cache_bytes(ctx, &desc, &s->bytes);
         if (status != DSA_OK) return status;
-        s->memory = (unsigned char *)poisoned(s->bytes);
+        s->memory = store_memory(ctx, s->bytes, &s->shared);
         return dsa_cache_init(ctx, &desc, s->memory, s->bytes, &s->cache);
     }
     int64_t n_blocks = (desc.capacity + page_size - 1) / page_size, n_pages = n_blocks + 3;
@@ -345,7 +368,7 @@ static dsa_status store_make(const dsa_ctx *ctx, dsa_cache_desc desc, int32_t pa
     if (status != DSA_OK) return status;
     page += (row + 3) / 4 * 4;
     s->bytes = page * (size_t)n_pages;
-    s->memory = (unsigned char *)poisoned(s->bytes);
+    s->memory = store_memory(ctx, s->bytes, &s->shared);
     s->table = shuffled_table(n_pages);
     return dsa_cache_view(ctx, &desc, s->memory, n_pages, page, s->table, n_blocks, 0, &s->cache);
 }

@@ -19,6 +19,7 @@
 #include <math.h>
 #include "../dsa.h"
 #include "../examples/safetensors.h"
+#include "device.h"
 
 #ifdef DSA_BLIS
 #include "blis.h"
@@ -73,6 +74,7 @@ typedef struct engine_options {
     int32_t top_k;               /* also the width of DSA_LAYER_WINDOW; 0 = the model's */
     dsa_gemm gemm;               /* NULL = built-in */
     void *gemm_user;
+    dsa_cuda *cuda;              /* NULL = caches on the host */
 } engine_options;
 
 /* Taps into a forward pass. Every member is an array of n_layers pointers or NULL, and so is every entry.
@@ -607,6 +609,7 @@ static inline int engine_set_attention(engine *e, dsa_layer_mode mode, int32_t t
     if (e->pool != NULL) { c.parallel_for = dsa_pool_run; c.parallel_user = e->pool; }
     c.gemm = e->options.gemm;
     c.gemm_user = e->options.gemm_user;
+    c.cuda = e->options.cuda;
     c.detail = e->detail;
     c.detail_size = sizeof e->detail;
     e->detail[0] = '\0';
@@ -650,6 +653,7 @@ static inline int engine__open(engine *e) {
         d.format = e->options.latent_format;
         d.capacity = e->options.max_tokens;
         d.page_size = e->options.page_size;
+        d.device = DSA_DEVICE_AUTO;
         if ((status = dsa_cache_create(&e->ctx, &d, &e->latent[i])) != DSA_OK) return engine__fail(e, "latent cache", i, status);
         d.kind = DSA_INDEX_KEY;
         d.format = e->options.index_format;

@@ -20,6 +20,7 @@ static const char help[] =
     "  --dump-logits FILE             writes one row of f32 logits for each position fed, the prompt's first\n"
     "  --threads N                    default 1\n"
     "  --isa NAME                     auto (default), scalar, avx2, avx512, neon\n"
+    DEVICE_HELP
     "\n"
     "Exit status: 0 success, 2 bad usage or bad input.\n";
 
@@ -103,6 +104,9 @@ int main(int argc, char **argv) {
         else if (strcmp(name, "--seed") == 0) bad = engine_parse_int(value, 0, INT64_MAX, &seed);
         else if (strcmp(name, "--attention") == 0) bad = engine_parse_mode(value, &options.mode);
         else if (strcmp(name, "--isa") == 0) bad = engine_parse_isa(value, &options.isa);
+#ifdef DSA_CUDA
+        else if (strcmp(name, "--cuda") == 0) { if (device_open("generate", value, &options.cuda) != 0) return 2; }
+#endif
         else if (strcmp(name, "--temperature") == 0) {
             char *end;
             temperature = strtod(value, &end);
@@ -147,5 +151,6 @@ int main(int argc, char **argv) {
         status = 2;
     }
     engine_unload(&model);
+    device_close(options.cuda);
     return status;
 }

@@ -102,6 +102,9 @@ int main(int argc, char **argv) {
         else if (strcmp(name, "--threads") == 0) bad = engine_parse_int(value, 1, 256, &threads);
         else if (strcmp(name, "--seed") == 0) bad = engine_parse_int(value, 0, INT64_MAX, &seed);
         else if (strcmp(name, "--isa") == 0) bad = engine_parse_isa(value, &options.isa);
+#ifdef DSA_CUDA
+        else if (strcmp(name, "--cuda") == 0) { if (device_open("needle", value, &options.cuda) != 0) return 2; }
+#endif
         else if (strcmp(name, "--attention") == 0) {
             bad = engine_parse_mode(value, &options.mode);
             attention = value;
@@ -136,6 +139,7 @@ int main(int argc, char **argv) {
         engine_close(&e);
     }
     engine_unload(&model);
+    device_close(options.cuda);
     needle_text_free(&text);
     return status;
 }

@@ -21,7 +21,7 @@ CUDA_FLAGS = -std=c++17 -O3 $(foreach a,$(CUDA_ARCHS),-gencode=arch=compute_$(a)
 CUDA_ROOT = $(if $(CUDA_HOME),$(CUDA_HOME),$(patsubst %/bin/,%,$(dir $(shell command -v nvcc))))
 CUDA_LINK = build/dsa_cuda.o -L$(CUDA_ROOT)/lib64 -lcudart_static -lstdc++ -ldl -lrt
 CUDA_OBJECT_1 = build/dsa_cuda.o
-CUDA_CFLAGS_1 = -DDSA_CUDA
+CUDA_CFLAGS_1 = -DDSA_CUDA -isystem $(CUDA_ROOT)/include
 CUDA_LIBS_1 = $(CUDA_LINK)
 
 BUILD = $(CC) $(CFLAGS) $(WARN)

@@ -23,6 +23,8 @@
 
 #include <cuda_runtime.h>
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -32,6 +34,18 @@
    ============================================================================================ */
 
 #define DSA__CU_NONE (-INFINITY)
+
+typedef struct dsa__cu {
+    dsa_cuda hooks;                                      /* first: a dsa_cuda is one of these */
+    int32_t device, capability, n_sm, shared;            /* shared: memory of a block, most */
+    dsa_cuda_path path;
+    cudaStream_t stream;                                 /* of host-level calls */
+    unsigned char *scratch;                              /* their operands, on the device */
+    size_t size;
+    int32_t *staging;                                    /* host [2 DSA__CU_HOST_ROWS + 1] */
+    dsa_allocator host;
+} dsa__cu;
+
 
 /* A pool of pages on the device and the block tables of a batch over it (LAYOUTS in dsa.h). */
 typedef struct dsa__cu_pool {
@@ -49,13 +63,13 @@ typedef struct dsa__cu_batch {
     const int32_t *lens, *first;
 } dsa__cu_batch;
 
-typedef struct dsa__cu_row { int32_t seq; int64_t len, visible; } dsa__cu_row;
+typedef struct dsa__cu_seen { int32_t seq; int64_t len, visible; } dsa__cu_seen;
 
 static __device__ __forceinline__ int64_t dsa__cu_clamp(int64_t x, int64_t lo, int64_t hi) { return x < lo ? lo : x > hi ? hi : x; }
 
-static __device__ __forceinline__ dsa__cu_row dsa__cu_row_of(const dsa__cu_batch &b, int64_t row)
+static __device__ __forceinline__ dsa__cu_seen dsa__cu_row_of(const dsa__cu_batch &b, int64_t row)
 {
-    dsa__cu_row r;
+    dsa__cu_seen r;
     int64_t begin, n_q = b.n_q;
     if (b.first) {                                       /* the last sequence that begins at or before the row: empty ones are passed over */
         int32_t lo = 0, hi = b.n_seqs;
@@ -98,6 +112,9 @@ static __device__ __forceinline__ int32_t dsa__cu_page_of(const dsa__cu_pool &p,
     page = p.tables ? __ldg(p.tables + (int64_t)seq * p.n_blocks + block) : (int32_t)block;
     return page >= 0 && page < p.n_pages ? page : -1;
 }
+
+/* ---- PTX ---------------------------------------------------------------------------------------- */
+static __device__ __forceinline__ uint32_t dsa__cu_smem(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 /* ---- number formats: the same bits as in dsa.h, >>numeric. Rows may have any alignment. ------------------ */
 static __device__ __forceinline__ float dsa__cu_load_f32(const unsigned char *p)
@@ -164,7 +181,7 @@ static __device__ __forceinline__ int32_t dsa__cu_int8(float x, float s)
 }
 
 /* Element d of a stored index key, FP8 and INT8 unscaled. */
-static __device__ __forceinline__ float dsa__cu_key(int32_t format, const unsigned char *p, int32_t d)
+static __device__ __forceinline__ float dsa__cu_key_value(int32_t format, const unsigned char *p, int32_t d)
 {
     if (format == DSA_F32) return dsa__cu_load_f32(p + 4 * (size_t)d);
     if (format == DSA_BF16) return dsa__cu_load_bf16(p + 2 * (size_t)d);
@@ -277,7 +294,7 @@ static __global__ void __launch_bounds__(128) dsa__cu_append_row(dsa__cu_pool p,
         page = (int32_t)(slot / p.page_size);
         offset = (int32_t)(slot % p.page_size);
     } else {
-        dsa__cu_row r = dsa__cu_row_of(b, row);
+        dsa__cu_seen r = dsa__cu_row_of(b, row);
         page = dsa__cu_page_of(p, r.seq, r.visible - 1, &offset);
         if (page < 0) return;
     }
@@ -323,7 +340,7 @@ static __global__ void __launch_bounds__(128) dsa__cu_read_row(dsa__cu_pool p, i
     const unsigned char *row = dsa__cu_in(p, page, offset);
     float s = p.planar ? dsa__cu_load_f32(dsa__cu_scale_in(p, page, offset)) : 1.0f;
     for (int32_t i = (int32_t)threadIdx.x; i < width; i += (int32_t)blockDim.x) {
-        if (index_key) y[i] = p.planar ? __fmul_rn(dsa__cu_key(p.format, row, i), s) : dsa__cu_key(p.format, row, i);
+        if (index_key) y[i] = p.planar ? __fmul_rn(dsa__cu_key_value(p.format, row, i), s) : dsa__cu_key_value(p.format, row, i);
         else y[i] = dsa__cu_latent(p.format, p.dim, row, i);
     }
 }
@@ -332,16 +349,53 @@ static __global__ void __launch_bounds__(128) dsa__cu_read_row(dsa__cu_pool p, i
    >>index                                    queries of the indexer, index scores
    ============================================================================================ */
 
+/* The keys that a row sees: [lo, hi). */
+typedef struct dsa__cu_ranges {
+    dsa__cu_batch batch;                                 /* lens NULL: columns of stored scores, [0, max_len) */
+    const int32_t *ks, *ke;                              /* optional */
+} dsa__cu_ranges;
+
+static __device__ __forceinline__ int32_t dsa__cu_range(const dsa__cu_ranges &r, int64_t row, int64_t *lo, int64_t *hi)
+{
+    dsa__cu_seen of = { 0, r.batch.max_len, r.batch.max_len };
+    if (r.batch.lens) of = dsa__cu_row_of(r.batch, row);
+    *lo = 0;
+    *hi = of.visible;
+    if (r.ks) {
+        *lo = dsa__cu_clamp(r.ks[row], 0, of.len);
+        *hi = dsa__cu_clamp(r.ke[row], *lo, of.len);
+    }
+    return of.seq;
+}
+
+/* What the faster kernels want to know of a row instead of asking themselves. lo, hi: its range within n_cols and within its table; end: hi,
+   or lo where nothing need be scored because at most `skip` keys are seen. */
+typedef struct dsa__cu_bounds { int32_t *lo, *hi, *end, *seq; int64_t skip, n_cols; } dsa__cu_bounds;   /* [rows of a tile]; lo NULL: none are wanted */
+
+static __device__ __forceinline__ void dsa__cu_bound_row(const dsa__cu_bounds &b, const dsa__cu_ranges &ranges, int64_t row0, int64_t row)
+{
+    int64_t lo, hi;
+    int32_t seq = dsa__cu_range(ranges, row0 + row, &lo, &hi);
+    if (lo > b.n_cols) lo = b.n_cols;
+    if (hi > b.n_cols) hi = b.n_cols;
+    b.lo[row] = (int32_t)lo;
+    b.hi[row] = (int32_t)hi;
+    if (b.end) b.end[row] = (int32_t)(hi - lo <= b.skip ? lo : hi);
+    if (b.seq) b.seq[row] = seq;
+}
+
 /* Heads of the indexer in the form of the key format: x [n_rows, HI, D] in its elements, v [n_rows, HI] = w times the head's scale. One
    block per head of a row. q_type FP8: prepared already, only copied. */
 static __global__ void __launch_bounds__(128) dsa__cu_query(int32_t format, int32_t hadamard, int32_t D, const void *q, int32_t q_type, const float *w,
-                                                            unsigned char *x, float *v)
+                                                            unsigned char *x, float *v, int32_t n_heads, dsa__cu_bounds bounds,
+                                                            dsa__cu_ranges ranges, int64_t row0)
 {
     __shared__ float head[DSA_MAX_DIM_INDEX];
     __shared__ uint32_t shared[32];
     const int64_t at = blockIdx.x;
     const int32_t bytes = format == DSA_F32 ? 4 : format == DSA_BF16 ? 2 : 1;
     float s;
+    if (bounds.lo && at % n_heads == 0 && threadIdx.x == 0) dsa__cu_bound_row(bounds, ranges, row0, at / n_heads);
     if (q_type == DSA_FP8) {
         for (int32_t i = (int32_t)threadIdx.x; i < D; i += (int32_t)blockDim.x) x[at * D + i] = ((const unsigned char *)q)[at * D + i];
         if (threadIdx.x == 0) v[at] = w[at];
@@ -353,23 +407,11 @@ static __global__ void __launch_bounds__(128) dsa__cu_query(int32_t format, int3
     if (threadIdx.x == 0) v[at] = __fmul_rn(w[at], s);
 }
 
-/* The keys that a row sees: [lo, hi). */
-typedef struct dsa__cu_ranges {
-    dsa__cu_batch batch;                                 /* lens NULL: columns of stored scores, [0, max_len) */
-    const int32_t *ks, *ke;                              /* optional */
-} dsa__cu_ranges;
-
-static __device__ __forceinline__ int32_t dsa__cu_range(const dsa__cu_ranges &r, int64_t row, int64_t *lo, int64_t *hi)
+/* Rows of scores begin at -inf where a kernel writes only what is seen. */
+static __global__ void __launch_bounds__(256) dsa__cu_fill(float *I, int64_t ldi, int64_t n_cols)
 {
-    dsa__cu_row of = { 0, r.batch.max_len, r.batch.max_len };
-    if (r.batch.lens) of = dsa__cu_row_of(r.batch, row);
-    *lo = 0;
-    *hi = of.visible;
-    if (r.ks) {
-        *lo = dsa__cu_clamp(r.ks[row], 0, of.len);
-        *hi = dsa__cu_clamp(r.ke[row], *lo, of.len);
-    }
-    return of.seq;
+    int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x;
+    if (i < n_cols) I[blockIdx.y * ldi + i] = DSA__CU_NONE;
 }
 
 #define DSA__CU_TILE 32                                  /* keys of a block: one per lane */
@@ -405,10 +447,10 @@ static __global__ void __launch_bounds__(256) dsa__cu_score_reference(dsa__cu_po
             n = D - d0 < DSA__CU_CHUNK_D ? D - d0 : DSA__CU_CHUNK_D;
             if (h0 == 0 || D > DSA__CU_CHUNK_D)
                 for (i = (int32_t)threadIdx.x; i < DSA__CU_TILE * n; i += 256)
-                    k[i / n][i % n] = rows[i / n] ? dsa__cu_key(FORMAT, rows[i / n], d0 + i % n) : 0.0f;
+                    k[i / n][i % n] = rows[i / n] ? dsa__cu_key_value(FORMAT, rows[i / n], d0 + i % n) : 0.0f;
             for (i = (int32_t)threadIdx.x; i < 8 * n; i += 256) {
                 int32_t h = h0 + i / n;
-                q[i / n][i % n] = h < n_heads ? dsa__cu_key(FORMAT, x + ((size_t)(row - row0) * n_heads + h) * D * bytes, d0 + i % n) : 0.0f;
+                q[i / n][i % n] = h < n_heads ? dsa__cu_key_value(FORMAT, x + ((size_t)(row - row0) * n_heads + h) * D * bytes, d0 + i % n) : 0.0f;
             }
             __syncthreads();
             for (i = 0; i < n; i++) dot = __fadd_rn(dot, __fmul_rn(k[lane][i], q[warp][i]));
@@ -425,6 +467,514 @@ static __global__ void __launch_bounds__(256) dsa__cu_score_reference(dsa__cu_po
     }
     if (warp != 0 || key >= n_cols || (!on && !fill)) return;
     I[(row - row0) * ldi + key] = on && rows[lane] ? p.planar ? __fmul_rn(sum, scale) : sum : DSA__CU_NONE;
+}
+
+/* ---- tensor cores ---------------------------------------------------------------------------------- */
+struct dsa__cu_index_args {
+    const void          *q;
+    const float         *w;
+    const unsigned char *pages, *scales;             /* scales: of page 0 */
+    int64_t              page_stride, scale_stride, n_pages;
+    int32_t              page_size, page_shift;      /* shift: -1 if the size is no power of two */
+    const int32_t       *table;                      /* [n_seqs, table_ld]; outside [0, n_pages): a hole, its logits are NaN; NULL: block b is page b */
+    int64_t              table_ld;
+    int32_t              table_rows, first;          /* row t is of sequence seq[t], or (first + t) / table_rows */
+    const int32_t       *seq;
+    const int32_t       *lo, *hi;                    /* row t scores keys [lo[t], hi[t]) and writes nothing else; NULL: 0, n */
+    int32_t              n, rows, heads, dim, format, block_rows, chunk, chunks;
+    float               *I;                          /* [rows, ldi] */
+    int64_t              ldi;
+    uint32_t            *clear;                      /* counters of the kernels that follow, set to 0 */
+    int32_t              n_clear;
+};
+
+/* Programmatic dependent launch: the next kernel may start its launch now; before it reads anything it waits for all of this one. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define DSA__CU_DEPENDENTS() asm volatile("griddepcontrol.launch_dependents;" ::: "memory")
+#else
+#define DSA__CU_DEPENDENTS() ((void) 0)
+#endif
+
+/* Where the table of a row's sequence begins. */
+__device__ __forceinline__ int64_t dsa__cu_index_table(const dsa__cu_index_args &a, int32_t row)
+{
+    return a.table ? (int64_t) (a.seq ? a.seq[row] : (a.first + row) / a.table_rows) * a.table_ld : 0;
+}
+
+/* Address of key s, its scale's in *scale; NULL in a hole. */
+__device__ __forceinline__ const unsigned char *dsa__cu_index_key(const dsa__cu_index_args &a, int64_t table_at, int32_t s, int32_t row_bytes, const float **scale)
+{
+    int32_t page = a.page_shift >= 0 ? s >> a.page_shift : s / a.page_size, at = s - page * a.page_size;
+    if (a.table) page = __ldg(&a.table[table_at + page]);
+    if (page < 0 || page >= a.n_pages) return NULL;
+    *scale = (const float *) (a.scales + page * a.scale_stride + 4 * (int64_t) at);
+    return a.pages + page * a.page_stride + (int64_t) at * row_bytes;
+}
+
+__device__ __forceinline__ void dsa__cu_index_clear(const dsa__cu_index_args &a)
+{
+    if (blockIdx.x == 0) for (int32_t i = threadIdx.x; i < a.n_clear; i += blockDim.x) a.clear[i] = 0;
+}
+
+/* Block b: which rows, which keys. Row blocks go fastest, so that the blocks that run together read the same keys. */
+__device__ __forceinline__ bool dsa__cu_index_range(const dsa__cu_index_args &a, int32_t *row0, int32_t *n_rows, int32_t *s0, int32_t *s1)
+{
+    const int32_t row_blocks = (a.rows + a.block_rows - 1) / a.block_rows, part = blockIdx.x / row_blocks;
+    *row0 = (int32_t) (blockIdx.x - part * row_blocks) * a.block_rows;
+    *n_rows = min(a.block_rows, a.rows - *row0);
+    int32_t lo = a.n, hi = 0;
+    for (int32_t i = 0; i < *n_rows; i++) {
+        lo = min(lo, a.lo ? __ldg(&a.lo[*row0 + i]) : 0);
+        hi = max(hi, a.hi ? __ldg(&a.hi[*row0 + i]) : a.n);
+    }
+    const int64_t first = (int64_t) part * a.chunk;
+    *s0 = (int32_t) max(first, (int64_t) lo);
+    *s1 = (int32_t) min(min(first + a.chunk, (int64_t) hi), (int64_t) a.n);
+    return *s0 < *s1;
+}
+
+__device__ __forceinline__ float dsa__cu_relu(float x)       /* keeps a NaN */
+{
+    float y;
+    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* ---- portable (sm_80): every e4m3 and int8 value is exact in bf16, products are exact in f32 ---- */
+
+__device__ __forceinline__ uint32_t dsa__cu_bf16x2(float lo, float hi)
+{
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
+}
+
+/* Four e4m3 to two bf16 pairs: exponent and mantissa moved into place, then times 2^120 (exact, subnormals too). 0x7f would become 480: it is put right, rarely. */
+__device__ __forceinline__ void dsa__cu_e4m3x4(uint32_t x, uint32_t *lo, uint32_t *hi)
+{
+    const uint32_t a = __byte_perm(x, 0, 0x1404), b = __byte_perm(x, 0, 0x3424);      /* bytes 0 x0 0 x1: the value in the high byte of each half */
+    const uint32_t sa = (a & 0x80008000u) | (a & 0x7f007f00u) >> 4, sb = (b & 0x80008000u) | (b & 0x7f007f00u) >> 4;
+    asm("{\n.reg .b32 z;\nmov.b32 z, 0x80008000;\nfma.rn.bf16x2 %0, %2, %4, z;\nfma.rn.bf16x2 %1, %3, %4, z;\n}" : "=r"(*lo), "=r"(*hi) : "r"(sa), "r"(sb), "r"(0x7b807b80u));
+    if ((((x & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u) != 0) {
+        if ((a & 0x7f00u) == 0x7f00u) *lo |= 0x7fc0u;
+        if ((a & 0x7f000000u) == 0x7f000000u) *lo |= 0x7fc00000u;
+        if ((b & 0x7f00u) == 0x7f00u) *hi |= 0x7fc0u;
+        if ((b & 0x7f000000u) == 0x7f000000u) *hi |= 0x7fc00000u;
+    }
+}
+
+template <int FORMAT> __device__ __forceinline__ float dsa__cu_index_value(const void *p, int64_t i)
+{
+    if (FORMAT == DSA_F32) return ((const float *) p)[i];
+    if (FORMAT == DSA_BF16) return __uint_as_float((uint32_t) ((const uint16_t *) p)[i] << 16);
+    if (FORMAT == DSA_FP8) return dsa__cu_e4m3(((const unsigned char *) p)[i]);
+    return (float) ((const signed char *) p)[i];
+}
+
+#define DSA__CU_INDEX_THREADS 128
+
+/* A warp takes 32 keys as the A operand, straight from memory: lane c of a quad loads elements [c D/4, (c + 1) D/4) of its rows. That permutes the sum over d, which is free as
+   long as the queries (B, in shared memory as fragments) are permuted alike. ReLU, weights and the sum over heads stay in registers; the quad is summed last. */
+template <int FORMAT, int D>
+__global__ void __launch_bounds__(DSA__CU_INDEX_THREADS, 4) dsa__cu_index_mma(dsa__cu_index_args a)
+{
+    constexpr int KS = D / 16, BYTES = FORMAT == DSA_BF16 ? 2 : 1, WORDS = D / 16 * BYTES;      /* WORDS: of one lane and row */
+    extern __shared__ uint4 dsa__cu_index_shared[];
+    dsa__cu_index_clear(a);
+    DSA__CU_DEPENDENTS();
+    int32_t row0, n_rows, s0, s1;
+    if (!dsa__cu_index_range(a, &row0, &n_rows, &s0, &s1)) return;
+    const int32_t HI = a.heads, tiles = (HI + 7) / 8, lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
+    uint4 *B = dsa__cu_index_shared;                                    /* [row][tile][KS / 2][lane] */
+    float *w = (float *) (B + (int64_t) a.block_rows * tiles * (KS / 2) * 32);      /* [row][8 tiles] */
+    for (int32_t i = threadIdx.x; i < n_rows * tiles * (KS / 2) * 32; i += DSA__CU_INDEX_THREADS) {
+        const int32_t l = i & 31, ks = i / 32 % (KS / 2) * 2, tile = i / (16 * KS) % tiles, r = i / (16 * KS) / tiles, h = 8 * tile + (l >> 2);
+        uint32_t b[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int64_t at = ((int64_t) (row0 + r) * HI + h) * D + (l & 3) * (D / 4) + 4 * ks + 2 * j;
+            b[j] = h < HI ? dsa__cu_bf16x2(dsa__cu_index_value<FORMAT>(a.q, at), dsa__cu_index_value<FORMAT>(a.q, at + 1)) : 0;
+        }
+        B[i] = make_uint4(b[0], b[1], b[2], b[3]);
+    }
+    for (int32_t i = threadIdx.x; i < n_rows * 8 * tiles; i += DSA__CU_INDEX_THREADS) {
+        const int32_t r = i / (8 * tiles), h = i % (8 * tiles);
+        w[i] = h < HI ? a.w[(int64_t) (row0 + r) * HI + h] : 0;
+    }
+    __syncthreads();
+    const int64_t table_at = dsa__cu_index_table(a, row0);
+    for (int32_t s = s0 + 32 * warp; s < s1; s += 32 * (DSA__CU_INDEX_THREADS / 32)) {
+        uint32_t A[2][KS][4];
+        float    scale[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {                                   /* rows g, g + 8 of both 16-key tiles */
+            const int32_t key = s + g + 8 * i;
+            const float *ps = NULL;
+            const unsigned char *p = key < s1 ? dsa__cu_index_key(a, table_at, key, D * BYTES, &ps) : NULL;
+            uint32_t x[WORDS];
+            if (p) {
+                p += c * (4 * WORDS);
+                if (WORDS % 4 == 0 && ((uintptr_t) p & 15) == 0) {
+#pragma unroll
+                    for (int j = 0; j < WORDS / 4; j++) {
+                        const uint4 v = __ldg((const uint4 *) p + j);
+                        x[4 * j] = v.x; x[4 * j + 1] = v.y; x[4 * j + 2] = v.z; x[4 * j + 3] = v.w;
+                    }
+                } else {
+#pragma unroll
+                    for (int j = 0; j < WORDS; j++) x[j] = __ldg((const uint32_t *) p + j);
+                }
+                scale[i] = FORMAT == DSA_BF16 ? 1.0f : __ldg(ps);
+            } else {
+#pragma unroll
+                for (int j = 0; j < WORDS; j++) x[j] = 0;
+                scale[i] = NAN;
+            }
+#pragma unroll
+            for (int ks = 0; ks < KS; ks++) {
+                uint32_t lo, hi;
+                if (FORMAT == DSA_BF16) { lo = x[2 * ks % WORDS]; hi = x[(2 * ks + 1) % WORDS]; }
+                else if (FORMAT == DSA_FP8) dsa__cu_e4m3x4(x[ks % WORDS], &lo, &hi);
+                else {
+                    const uint32_t v = x[ks % WORDS];
+                    lo = dsa__cu_bf16x2((float) (int8_t) v, (float) (int8_t) (v >> 8));
+                    hi = dsa__cu_bf16x2((float) (int8_t) (v >> 16), (float) (int8_t) (v >> 24));
+                }
+                A[i / 2][ks][i & 1] = lo;
+                A[i / 2][ks][2 + (i & 1)] = hi;
+            }
+        }
+        for (int32_t r = 0; r < n_rows; r++) {
+            float sum[4] = { 0, 0, 0, 0 };
+            const uint4 *b = B + r * tiles * (KS / 2) * 32 + lane;
+            for (int32_t tile = 0; tile < tiles; tile++, b += (KS / 2) * 32) {
+                float acc[2][4] = { { 0, 0, 0, 0 }, { 0, 0, 0, 0 } };
+#pragma unroll
+                for (int j = 0; j < KS / 2; j++) {
+                    const uint4 v = b[32 * j];
+#pragma unroll
+                    for (int m = 0; m < 2; m++) {
+                        float *d = acc[m];
+                        uint32_t *x = A[m][2 * j], *y = A[m][2 * j + 1];
+                        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(v.x), "r"(v.y));
+                        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(y[0]), "r"(y[1]), "r"(y[2]), "r"(y[3]), "r"(v.z), "r"(v.w));
+                    }
+                }
+                const float2 u = *(const float2 *) &w[r * 8 * tiles + 8 * tile + 2 * c];
+                const int32_t h = 8 * tile + 2 * c;
+                if (8 * tile + 8 <= HI || h + 1 < HI) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) sum[i] = fmaf(u.y, dsa__cu_relu(acc[i / 2][2 * (i & 1) + 1]), fmaf(u.x, dsa__cu_relu(acc[i / 2][2 * (i & 1)]), sum[i]));
+                } else if (h < HI) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) sum[i] = fmaf(u.x, dsa__cu_relu(acc[i / 2][2 * (i & 1)]), sum[i]);
+                }
+            }
+            const int32_t lo = a.lo ? a.lo[row0 + r] : 0, hi = min(s1, a.hi ? a.hi[row0 + r] : a.n);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float v = sum[i];
+                v += __shfl_xor_sync(~0u, v, 1);
+                v += __shfl_xor_sync(~0u, v, 2);
+                const int32_t key = s + g + 8 * i;
+                if (c == i && key >= lo && key < hi) a.I[(row0 + r) * a.ldi + key] = v * scale[i];
+            }
+        }
+    }
+}
+
+/* ---- Hopper (sm_90a): FP8 wgmma. Two warpgroups compute 64 keys each (A) against all heads of the block's rows (B, resident), a third one fetches keys. ---- */
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
+#define DSA__CU_HOPPER 1
+#endif
+
+#ifdef DSA__CU_HOPPER
+__device__ __forceinline__ void dsa__cu_mbar_wait(uint32_t bar, uint32_t phase)
+{
+    uint32_t ok = 0;
+#ifdef DSA__CU_BOUNDED
+    uint32_t spin = 0;
+#endif
+    while (!ok) {
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(ok) : "r"(bar), "r"(phase) : "memory");
+#ifdef DSA__CU_BOUNDED
+        if (++spin > 2000000) __trap();
+#endif
+    }
+}
+
+__device__ __forceinline__ void dsa__cu_mbar_arrive(uint32_t bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory"); }
+
+/* A K-major tile with rows of 128 bytes in the 128-byte swizzle: 8 rows are 1024 bytes. */
+__device__ __forceinline__ uint64_t dsa__cu_wgmma_desc(uint32_t smem) { return (uint64_t) ((smem & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
+
+__device__ __forceinline__ void dsa__cu_wgmma_e4m3(float (&d)[32], uint64_t a, uint64_t b, int add)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "%32, %33, p, 1, 1;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+        : "l"(a), "l"(b), "r"(add));
+}
+
+__device__ __forceinline__ void dsa__cu_wgmma_e4m3(float (&d)[64], uint64_t a, uint64_t b, int add)
+{
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "%64, %65, p, 1, 1;\n}\n"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+          "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+          "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+          "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+          "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+        : "l"(a), "l"(b), "r"(add));
+}
+#define DSA__CU_HOPPER_TILE 128
+
+template <int N> struct dsa__cu_hopper_shape { static constexpr int stages = N > 64 ? 8 : 5; };
+
+/* HP: heads padded with weight 0 (64, 128); ROWS: rows of the block. Columns of B: [row][head]. */
+template <int HP, int ROWS>
+__global__ void __launch_bounds__(384, HP * ROWS > 64 ? 1 : 2) dsa__cu_index_hopper(dsa__cu_index_args a)
+{
+    constexpr int N = HP * ROWS, NU = N < 128 ? N : 128, U = N / NU, Q = NU / HP, S = dsa__cu_hopper_shape<N>::stages, LAG = S - 2;
+    extern __shared__ unsigned char dsa__cu_hopper_raw[];
+    __shared__ __align__(8) uint64_t full[S], empty[S];
+    dsa__cu_index_clear(a);
+    DSA__CU_DEPENDENTS();
+    int32_t row0, n_rows, s0, s1;
+    if (!dsa__cu_index_range(a, &row0, &n_rows, &s0, &s1)) return;
+    unsigned char *B = (unsigned char *) (((uintptr_t) dsa__cu_hopper_raw + 1023) & ~(uintptr_t) 1023), *K = B + N * 128;
+    float *scales = (float *) (K + S * DSA__CU_HOPPER_TILE * 128), *w = scales + S * DSA__CU_HOPPER_TILE;
+    const int32_t tid = threadIdx.x, HI = a.heads;
+    for (int32_t i = tid; i < N * 8; i += 384) {
+        const int32_t col = i / 8, r = col / HP, h = col % HP;
+        uint4 v = make_uint4(0, 0, 0, 0);
+        if (r < n_rows && h < HI) v = __ldg((const uint4 *) ((const unsigned char *) a.q + ((int64_t) (row0 + r) * HI + h) * 128) + i % 8);
+        *(uint4 *) (B + col * 128 + ((i % 8 ^ col % 8) << 4)) = v;
+    }
+    for (int32_t i = tid; i < N; i += 384) w[i] = i / HP < n_rows && i % HP < HI ? a.w[(int64_t) (row0 + i / HP) * HI + i % HP] : 0;
+    if (tid == 0) {
+        for (int i = 0; i < S; i++) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(dsa__cu_smem(&full[i])), "r"(128));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(dsa__cu_smem(&empty[i])), "r"(8));
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
+    const int32_t first = s0 / DSA__CU_HOPPER_TILE * DSA__CU_HOPPER_TILE, tiles = (s1 - first + DSA__CU_HOPPER_TILE - 1) / DSA__CU_HOPPER_TILE;
+
+    if (tid >= 256) {                                                   /* the fetching warpgroup */
+        if (N > 64) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        const int32_t t = tid - 256;
+        const int64_t table_at = dsa__cu_index_table(a, row0);
+        const int32_t lane = t & 31, warp0 = t & ~31;
+        /* A thread looks up one key (a load of the table that all its other loads wait for, so one tile ahead) and copies a part of eight. */
+        const unsigned char *p = NULL;
+        const float *ps = NULL;
+        if (first + t >= s0 && first + t < s1) p = dsa__cu_index_key(a, table_at, first + t, 128, &ps);
+        for (int32_t i = 0; i < tiles + LAG; i++) {
+            if (i < tiles) {
+                const int32_t st = i % S;
+                if (i >= S) dsa__cu_mbar_wait(dsa__cu_smem(&empty[st]), (uint32_t) (i / S - 1) & 1);
+                const uint32_t to = dsa__cu_smem(K + st * DSA__CU_HOPPER_TILE * 128);
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    const int32_t r = 4 * j + lane / 8;
+                    const unsigned char *from = (const unsigned char *) __shfl_sync(~0u, (unsigned long long) p, r);
+                    const uint32_t at = to + (warp0 + r) * 128 + ((lane % 8 ^ r % 8) << 4);
+                    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" :: "r"(at), "l"(from ? from + 16 * (lane % 8) : a.pages), "r"(from ? 16 : 0) : "memory");
+                }
+                if (p) asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(dsa__cu_smem(&scales[st * DSA__CU_HOPPER_TILE + t])), "l"(ps) : "memory");
+                else scales[st * DSA__CU_HOPPER_TILE + t] = NAN;
+                const int32_t s = first + (i + 1) * DSA__CU_HOPPER_TILE + t;
+                p = NULL;
+                if (s < s1) p = dsa__cu_index_key(a, table_at, s, 128, &ps);
+            }
+            asm volatile("cp.async.commit_group;" ::: "memory");
+            if (i >= LAG) {
+                asm volatile("cp.async.wait_group %0;" :: "n"(LAG) : "memory");
+                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+                dsa__cu_mbar_arrive(dsa__cu_smem(&full[(i - LAG) % S]));
+            }
+        }
+    } else {
+        if (N > 64) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+        const int32_t group = tid >> 7, warp = tid >> 5 & 3, lane = tid & 31, g = lane >> 2, c = lane & 3;
+        float u[ROWS][HP / 4];                                          /* the weights of this lane's columns */
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+#pragma unroll
+            for (int j = 0; j < HP / 4; j++) u[r][j] = w[r * HP + j / 2 * 8 + 2 * c + j % 2];
+        int32_t lo[ROWS], hi[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            lo[r] = r < n_rows ? max(s0, a.lo ? a.lo[row0 + r] : 0) : 0;
+            hi[r] = r < n_rows ? min(s1, a.hi ? a.hi[row0 + r] : a.n) : 0;
+        }
+        const uint64_t db = dsa__cu_wgmma_desc(dsa__cu_smem(B));
+        float acc[U][NU / 2];
+        for (int32_t i = 0; i < tiles; i++) {
+            const int32_t st = i % S, s = first + i * DSA__CU_HOPPER_TILE + 64 * group + 16 * warp + g;
+            dsa__cu_mbar_wait(dsa__cu_smem(&full[st]), (uint32_t) (i / S) & 1);
+            const uint64_t da = dsa__cu_wgmma_desc(dsa__cu_smem(K + (st * DSA__CU_HOPPER_TILE + 64 * group) * 128));
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+            for (int n = 0; n < U; n++) {
+#pragma unroll
+                for (int ks = 0; ks < 4; ks++) dsa__cu_wgmma_e4m3(acc[n], da + 2 * ks, db + n * (NU * 128 >> 4) + 2 * ks, ks);
+                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            }
+            const float *sc = scales + st * DSA__CU_HOPPER_TILE + 64 * group + 16 * warp + g;
+            const float sc0 = sc[0], sc1 = sc[8];
+#pragma unroll
+            for (int n = 0; n < U; n++) {
+                if (U == 2 && n == 0) asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                else asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+                for (int j = 0; j < NU / 2; j++) asm volatile("" : "+f"(acc[n][j]) :: "memory");
+                if (n == U - 1) {
+                    __syncwarp();
+                    if (lane == 0) dsa__cu_mbar_arrive(dsa__cu_smem(&empty[st]));
+                }
+                float v[2 * Q];
+#pragma unroll
+                for (int r = 0; r < Q; r++) {
+                    float x = 0, y = 0;
+#pragma unroll
+                    for (int j = 0; j < HP / 8; j++) {
+                        const float *d = &acc[n][4 * (r * (HP / 8) + j)];
+                        const float w0 = u[n * Q + r][2 * j], w1 = u[n * Q + r][2 * j + 1];
+                        x = fmaf(w0, dsa__cu_relu(d[0]), x);
+                        y = fmaf(w0, dsa__cu_relu(d[2]), y);
+                        x = fmaf(w1, dsa__cu_relu(d[1]), x);
+                        y = fmaf(w1, dsa__cu_relu(d[3]), y);
+                    }
+                    v[2 * r] = x;
+                    v[2 * r + 1] = y;
+                }
+                /* Sum of the quad; each pair of lanes keeps one of the two keys, with two rows each lane one. */
+                float z[Q];
+#pragma unroll
+                for (int r = 0; r < Q; r++) {
+                    const float keep = c & 1 ? v[2 * r + 1] : v[2 * r], give = c & 1 ? v[2 * r] : v[2 * r + 1];
+                    z[r] = keep + __shfl_xor_sync(~0u, give, 1);
+                }
+                const int32_t key = s + 8 * (c & 1);
+                const float scale = c & 1 ? sc1 : sc0;
+                if (Q == 2) {
+                    const float keep = c & 2 ? z[Q - 1] : z[0], give = c & 2 ? z[0] : z[Q - 1];
+                    const float sum = keep + __shfl_xor_sync(~0u, give, 2);
+                    const int32_t r = n * 2 + (c >> 1), l = c & 2 ? lo[(n * Q + Q - 1) % ROWS] : lo[n * Q % ROWS], e = c & 2 ? hi[(n * Q + Q - 1) % ROWS] : hi[n * Q % ROWS];
+                    if (key >= l && key < e) a.I[(row0 + r) * a.ldi + key] = sum * scale;
+                } else {
+                    const float sum = z[0] + __shfl_xor_sync(~0u, z[0], 2);
+                    if (c < 2 && key >= lo[n] && key < hi[n]) a.I[(row0 + n) * a.ldi + key] = sum * scale;
+                }
+            }
+        }
+    }
+}
+#else
+template <int HP, int ROWS> __global__ void dsa__cu_index_hopper(dsa__cu_index_args a) { }
+#endif
+
+template <int N> static constexpr size_t dsa__cu_hopper_bytes() { return 1024 + N * 128 + dsa__cu_hopper_shape<N>::stages * 128 * 132 + N * 4; }
+
+#define DSA__CU_INDEX_SHARED (96 * 1024)       /* portable: queries of one block */
+
+static inline cudaError_t dsa__cu_index_init(bool hopper)
+{
+    cudaError_t e = cudaSuccess;
+#define DSA__CU_MAX(f, n) if (!e) e = cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, (int) (n))
+    DSA__CU_MAX((dsa__cu_index_mma<DSA_FP8, 128>), DSA__CU_INDEX_SHARED);
+    DSA__CU_MAX((dsa__cu_index_mma<DSA_FP8, 64>), DSA__CU_INDEX_SHARED);
+    DSA__CU_MAX((dsa__cu_index_mma<DSA_FP8, 32>), DSA__CU_INDEX_SHARED);
+    DSA__CU_MAX((dsa__cu_index_mma<DSA_INT8, 128>), DSA__CU_INDEX_SHARED);
+    DSA__CU_MAX((dsa__cu_index_mma<DSA_INT8, 64>), DSA__CU_INDEX_SHARED);
+    DSA__CU_MAX((dsa__cu_index_mma<DSA_INT8, 32>), DSA__CU_INDEX_SHARED);
+    DSA__CU_MAX((dsa__cu_index_mma<DSA_BF16, 128>), DSA__CU_INDEX_SHARED);
+    DSA__CU_MAX((dsa__cu_index_mma<DSA_BF16, 64>), DSA__CU_INDEX_SHARED);
+    DSA__CU_MAX((dsa__cu_index_mma<DSA_BF16, 32>), DSA__CU_INDEX_SHARED);
+    if (hopper) {
+        DSA__CU_MAX((dsa__cu_index_hopper<64, 1>), dsa__cu_hopper_bytes<64>());
+        DSA__CU_MAX((dsa__cu_index_hopper<64, 2>), dsa__cu_hopper_bytes<128>());
+        DSA__CU_MAX((dsa__cu_index_hopper<64, 4>), dsa__cu_hopper_bytes<256>());
+        DSA__CU_MAX((dsa__cu_index_hopper<128, 1>), dsa__cu_hopper_bytes<128>());
+        DSA__CU_MAX((dsa__cu_index_hopper<128, 2>), dsa__cu_hopper_bytes<256>());
+    }
+#undef DSA__CU_MAX
+    return e;
+}
+
+/* Which shapes the two kernels take; dsa__cu_score_reference takes the others. */
+static inline bool dsa__cu_index_takes(const dsa__cu_pool &p, int32_t heads)
+{
+    const int64_t bytes = p.dim * (p.format == DSA_BF16 ? 2 : 1);
+    return p.format != DSA_F32 && (p.dim == 32 || p.dim == 64 || p.dim == 128) && (heads + 7) / 8 * 8 * (p.dim * 2 + 4) <= DSA__CU_INDEX_SHARED &&
+           p.row_stride == (size_t) bytes && ((uintptr_t) p.data & 15) == 0 && (p.page_stride % 16 == 0 || p.n_pages <= 1) &&
+           (!p.planar || (((uintptr_t) p.scales & 3) == 0 && (p.scale_page_stride % 4 == 0 || p.n_pages <= 1)));
+}
+
+/* Fills in block_rows, chunk, chunks, page_shift of `a` and scores. hopper: the device has compute capability 9.0 (false forces the portable path). */
+static inline cudaError_t dsa__cu_index_launch(cudaStream_t stream, dsa__cu_index_args a, bool hopper, int32_t n_sm)
+{
+    if (a.rows < 1 || a.n < 1) return cudaSuccess;
+    const bool fast = hopper && a.format == DSA_FP8 && a.dim == 128 && a.heads <= 128;
+    const int32_t tiles = (a.heads + 7) / 8;
+    a.page_shift = -1;
+    for (int i = 0; i < 31; i++) if (a.page_size == 1 << i) a.page_shift = i;
+    int32_t most = fast ? (a.heads <= 64 ? 4 : 2) : DSA__CU_INDEX_SHARED / (tiles * 8 * (a.dim * 2 + 4));
+    if (a.seq) most = 1;
+    if (most > 4) most = 4;
+    if (most == 3) most = 2;
+    while (most > 1 && ((a.table && (a.table_rows % most || a.first % most)) || most >= 2 * a.rows)) most /= 2;      /* the rows of a block share their keys */
+    a.block_rows = most;
+    const int32_t blocks = (a.rows + most - 1) / most;
+    const int32_t room = n_sm * (fast ? (most * (a.heads <= 64 ? 64 : 128) > 64 ? 1 : 2) : 4);
+    /* One wave if there are few rows; otherwise pieces long enough to pay for the queries. */
+    int64_t parts = room / blocks;
+    const int64_t longest = fast && most >= 2 ? 8192 : 16384;
+    if (parts < (a.n + longest - 1) / longest) parts = (a.n + longest - 1) / longest;
+    int64_t chunk = ((a.n + parts - 1) / parts + 127) / 128 * 128;
+    a.chunk = (int32_t) chunk;
+    a.chunks = (int32_t) ((a.n + chunk - 1) / chunk);
+    const uint32_t grid = (uint32_t) (blocks * a.chunks);
+    if (fast) {
+        if (a.heads <= 64) {
+            if (most == 4)      dsa__cu_index_hopper<64, 4><<<grid, 384, dsa__cu_hopper_bytes<256>(), stream>>>(a);
+            else if (most == 2) dsa__cu_index_hopper<64, 2><<<grid, 384, dsa__cu_hopper_bytes<128>(), stream>>>(a);
+            else                dsa__cu_index_hopper<64, 1><<<grid, 384, dsa__cu_hopper_bytes<64>(), stream>>>(a);
+        } else {
+            if (most == 2)      dsa__cu_index_hopper<128, 2><<<grid, 384, dsa__cu_hopper_bytes<256>(), stream>>>(a);
+            else                dsa__cu_index_hopper<128, 1><<<grid, 384, dsa__cu_hopper_bytes<128>(), stream>>>(a);
+        }
+    } else {
+        const size_t shared = (size_t) most * tiles * 8 * (a.dim * 2 + 4);
+#define DSA__CU_GO(F) (a.dim == 128 ? dsa__cu_index_mma<F, 128><<<grid, DSA__CU_INDEX_THREADS, shared, stream>>>(a) \
+                     : a.dim == 64 ? dsa__cu_index_mma<F, 64><<<grid, DSA__CU_INDEX_THREADS, shared, stream>>>(a) : dsa__cu_index_mma<F, 32><<<grid, DSA__CU_INDEX_THREADS, shared, stream>>>(a))
+        if (a.format == DSA_FP8) DSA__CU_GO(DSA_FP8);
+        else if (a.format == DSA_INT8) DSA__CU_GO(DSA_INT8);
+        else DSA__CU_GO(DSA_BF16);
+#undef DSA__CU_GO
+    }
+    return cudaGetLastError();
 }
 
 /* ============================================================================================
@@ -545,6 +1095,427 @@ static __global__ void __launch_bounds__(1024) dsa__cu_select_reference(dsa__cu_
     if (sel.counts && tid == 0) sel.counts[row] = (int32_t)base;
 }
 
+/* ---- by a sampled threshold -------------------------------------------------------------------------- */
+typedef unsigned long long dsa__u64;
+
+#ifndef DSA__CU_TOPK_THREADS
+#define DSA__CU_TOPK_THREADS 512
+#endif
+#define DSA__CU_TOPK_BINS (2048 / DSA__CU_TOPK_THREADS)
+#define DSA__CU_TOPK_SAMPLE (4096 / DSA__CU_TOPK_THREADS)
+#define DSA__CU_TOPK_WINDOW  (512 * 1024)   /* positions of one bitmap in shared memory: 64 KB */
+#define DSA__CU_TOPK_CAP     12288          /* most candidates: 96 KB */
+#define DSA__CU_TOPK_SHARED  (DSA__CU_TOPK_CAP * 8 + DSA__CU_TOPK_WINDOW / 8 + 2 * 2048 * 4)     /* half of it where a block may not have all */
+#define DSA__CU_TOPK_RANKED  8192           /* most that are sorted by rank: 64 KB */
+
+struct dsa__cu_topk_args {
+    const float   *I;            /* [rows, ldi] */
+    int64_t        ldi;
+    const int32_t *lo, *hi;      /* row r selects among positions [lo[r], hi[r]); NULL: 0, n */
+    int32_t        n, k, rows, splits, sample, group, cap, window;
+    int32_t       *indices;      /* [rows, k] ascending by position, then -1 */
+    float         *scores;       /* [rows, k] or NULL */
+    dsa__u64      *candidates;   /* [rows, cap], only with splits > 1 */
+    uint32_t      *counts;       /* [rows, 2]: candidates, blocks done; zero before the launch */
+    int32_t       *found;        /* [rows] or NULL: how many were selected */
+    int32_t        fallback;     /* rows of at most k positions take them all, unseen */
+};
+
+/* Larger score, larger key; 0: never selected. x + 0 makes -0 a +0. */
+__device__ __forceinline__ uint32_t dsa__cu_key(float x)
+{
+    uint32_t b = __float_as_uint(x + 0.0f);
+    uint32_t key = b ^ ((uint32_t) ((int32_t) b >> 31) | 0x80000000u);
+    return x > -INFINITY ? key : 0u;
+}
+
+__device__ __forceinline__ dsa__u64 dsa__cu_rank(float x, uint32_t s)
+{
+    return (dsa__u64) dsa__cu_key(x) << 32 | (uint32_t) ~s;
+}
+
+/* Sum of v over the threads before this one; *total: over all. sums: 32 words. */
+__device__ __forceinline__ uint32_t dsa__cu_scan(uint32_t v, uint32_t *sums, uint32_t *total)
+{
+    const uint32_t lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    uint32_t x = v, before = 0, all = 0;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) { uint32_t y = __shfl_up_sync(~0u, x, d); if (lane >= (uint32_t) d) x += y; }
+    if (lane == 31) sums[warp] = x;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < DSA__CU_TOPK_THREADS / 32; i++) { uint32_t y = sums[i]; all += y; if ((uint32_t) i < warp) before += y; }
+    __syncthreads();
+    *total = all;
+    return before + x - v;
+}
+
+/* Equal digits are the adversary of shared atomics (equal scores: 32 in one place): the first lane's digit is counted by a vote. */
+__device__ __forceinline__ void dsa__cu_count(uint32_t *hist, uint32_t digit, bool on)
+{
+    const uint32_t active = __ballot_sync(~0u, on);
+    if (!active) return;
+    const int      leader = __ffs(active) - 1;
+    const uint32_t first = __shfl_sync(~0u, digit, leader), same = __ballot_sync(~0u, on && digit == first);
+    if ((int) (threadIdx.x & 31) == leader) atomicAdd(&hist[first], (uint32_t) __popc(same));
+    if (on && digit != first) atomicAdd(&hist[digit], 1u);
+}
+
+/* The rank-th largest (from 1) of the c that `each` visits, or rather the smallest cut with count(c >= cut) >= rank whose low bits are not yet needed: digits of 11
+   bits from bit top down, and no further once a whole bin is taken. passes < 6 stops early with a cut that is too low. 0 and *found < rank if there are fewer than rank. */
+template <class Each>
+__device__ dsa__u64 dsa__cu_cut(Each each, uint32_t rank, int top, int passes, uint32_t *hist, uint32_t *sums, uint32_t *bin /* 3 shared words */)
+{
+    dsa__u64 prefix = 0;
+    int shift = top;
+    for (int p = 0; p < passes && shift; p++) {
+        const int bits = min(11, shift);
+        shift -= bits;
+        for (int i = threadIdx.x; i < 2048; i += DSA__CU_TOPK_THREADS) hist[i] = 0;
+        if (threadIdx.x == 0) bin[2] = 0;
+        __syncthreads();
+        each([&](dsa__u64 c, bool on) {
+            if (p) on = on && c >> (shift + bits) == prefix;
+            dsa__cu_count(hist, (uint32_t) (c >> shift) & ((1u << bits) - 1), on);
+        });
+        __syncthreads();
+        uint32_t h[DSA__CU_TOPK_BINS], sum = 0, total;
+#pragma unroll
+        for (int i = 0; i < DSA__CU_TOPK_BINS; i++) { h[i] = hist[2047 - DSA__CU_TOPK_BINS * (int) threadIdx.x - i]; sum += h[i]; }
+        uint32_t above = dsa__cu_scan(sum, sums, &total);
+        if (total < rank) return 0;
+        if (above < rank && rank <= above + sum) {
+#pragma unroll
+            for (int i = 0; i < DSA__CU_TOPK_BINS; i++) {
+                if (above < rank && rank <= above + h[i]) { bin[0] = 2047 - DSA__CU_TOPK_BINS * threadIdx.x - i; bin[1] = rank - above; bin[2] = h[i]; }
+                above += h[i];
+            }
+        }
+        __syncthreads();
+        prefix = prefix << bits | bin[0];
+        rank = bin[1];
+        const uint32_t in_bin = bin[2];
+        __syncthreads();
+        if (in_bin == rank) break;
+    }
+    return prefix << shift;
+}
+
+/* The same over c - base of those c[0..n) that are at least base, in shared memory. One copy of the code for the sample and the candidates: it runs once or twice in a block, so
+   most of its time is the fetching of instructions. */
+__device__ __noinline__ dsa__u64 dsa__cu_cut_shared(const dsa__u64 *c, uint32_t n, dsa__u64 base, uint32_t rank, int top, int passes, uint32_t *hist, uint32_t *sums, uint32_t *bin)
+{
+    return dsa__cu_cut([&](auto f) {
+#pragma unroll 1
+        for (uint32_t i = threadIdx.x; i - threadIdx.x < n; i += DSA__CU_TOPK_THREADS) { const dsa__u64 x = i < n ? c[i] : 0; f(x - base, x >= base); }
+    }, rank, top, passes, hist, sums, bin);
+}
+
+/* Writes the selected positions in ascending order: `fill` sets the bits of one window in `bitmap`, every thread then counts and emits its own run of words. */
+template <class Fill>
+__device__ void dsa__cu_emit(Fill fill, int32_t lo, int32_t hi, int32_t window, int32_t k, const float *I, int32_t *indices, float *scores, int32_t *found, uint32_t *bitmap, uint32_t *sums)
+{
+    uint32_t done = 0;
+    for (int32_t base = lo; base < hi; base += window) {
+        const int32_t words = (min(window, hi - base) + 31) / 32, mine = (words + DSA__CU_TOPK_THREADS - 1) / DSA__CU_TOPK_THREADS | 1;      /* odd: no bank conflicts */
+        fill(base, words);
+        __syncthreads();
+        uint32_t count = 0, total;
+        const int32_t w0 = (int32_t) threadIdx.x * mine, w1 = min(words, w0 + mine);
+        for (int32_t w = w0; w < w1; w++) count += (uint32_t) __popc(bitmap[w]);
+        uint32_t at = done + dsa__cu_scan(count, sums, &total);
+        for (int32_t w = w0; w < w1; w++)
+            for (uint32_t b = bitmap[w]; b; b &= b - 1) {
+                const int32_t s = base + 32 * w + __ffs(b) - 1;
+                indices[at] = s;
+                if (scores) scores[at] = I[s];
+                at++;
+            }
+        done += total;
+        __syncthreads();
+        if (hi - base <= window) break;
+    }
+    if (found && threadIdx.x == 0) *found = (int32_t) done;
+    for (int32_t i = (int32_t) (done + threadIdx.x); i < k; i += DSA__CU_TOPK_THREADS) { indices[i] = -1; if (scores) scores[i] = -INFINITY; }
+}
+
+/* One row, cut over `splits` blocks. 1. A sample gives a threshold that some more than k scores should pass (rank + 4 sigma). 2. Each block lists what passes in its part.
+   3. The last block finds the exact cut among the candidates. Where the sample misled (too few, too many), that block counts digits over the whole row instead: at most six
+   readings, whatever the scores. */
+__global__ void __launch_bounds__(DSA__CU_TOPK_THREADS, 1024 / DSA__CU_TOPK_THREADS) dsa__cu_topk(dsa__cu_topk_args a)
+{
+    extern __shared__ dsa__u64 dsa__cu_topk_shared[];
+    dsa__u64 *cand = dsa__cu_topk_shared;
+    uint32_t *bitmap = (uint32_t *) (cand + a.cap), *hist = bitmap + a.window / 32;
+    __shared__ uint32_t sums[32], bin[4], n_cand, last;
+    const int32_t row = blockIdx.x / a.splits, part = blockIdx.x % a.splits, k = a.k, tid = threadIdx.x;
+    const int32_t lo = a.lo ? a.lo[row] : 0, hi = max(lo, a.hi ? a.hi[row] : a.n), n = hi - lo;
+    const float *I = a.I + row * a.ldi;
+    uint32_t threshold = 1;
+    if (tid == 0) n_cand = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+    if (a.fallback && n <= k) {                                         /* the dense fallback (contracts): nothing was scored */
+        for (int32_t i = tid; part == 0 && i < k; i += DSA__CU_TOPK_THREADS) a.indices[(int64_t) row * k + i] = i < n ? lo + i : -1;
+        if (a.found && part == 0 && tid == 0) a.found[row] = n;
+        return;
+    }
+    const int32_t skew = (int32_t) (((uintptr_t) (I + lo) >> 2) & 3), quads = (n + skew + 3) / 4;       /* parts begin at 16-byte addresses */
+    const int32_t q_part = ((quads + a.splits - 1) / a.splits + 7) & ~7, q0 = min(quads, part * q_part), q1 = min(quads, q0 + q_part);
+    const float4 *I4 = (const float4 *) (I + lo - skew);
+    if (a.splits > 1) for (int32_t q = q0 + 8 * tid; q < q1; q += 8 * DSA__CU_TOPK_THREADS) asm volatile("prefetch.global.L2 [%0];" :: "l"(I4 + q));
+    if (n > a.cap && k < a.cap) {
+        float x[DSA__CU_TOPK_SAMPLE];
+        const double step = (double) n / a.sample;
+        const float want = (float) ((double) k / step);
+        const uint32_t rank = (uint32_t) (want + 4.0f * sqrtf(want) + 2.0f);
+#pragma unroll
+        for (int i = 0; i < DSA__CU_TOPK_SAMPLE; i++) {
+            const uint32_t j = (uint32_t) tid + DSA__CU_TOPK_THREADS * i, hash = (j * 2654435761u) >> 8;          /* jitter, lest a period of the scores be met */
+            x[i] = j < (uint32_t) a.sample ? I[lo + min((int32_t) ((j + hash * (1.0f / 16777216.0f)) * step), n - 1)] : -INFINITY;
+        }
+        /* Scores crowd into few digits, and crowded digits are slow atomics. The least of the maxima of small groups lies a little under the threshold (in a group of s of
+           m samples: at about the fraction ln(m / s) / s from the top); above it few samples remain, and their own range spreads them. */
+        uint32_t most = 0;
+#pragma unroll
+        for (int i = 0; i < DSA__CU_TOPK_SAMPLE; i++) {
+            const uint32_t key = dsa__cu_key(x[i]);
+            most = max(most, key);
+            if (DSA__CU_TOPK_THREADS * i < a.sample) cand[DSA__CU_TOPK_THREADS * i + tid] = (dsa__u64) key << 32;
+        }
+        uint32_t least = most;
+        for (int d = 1; d < a.group; d *= 2) least = max(least, __shfl_xor_sync(~0u, least, d));
+        least = __reduce_min_sync(~0u, least);
+        most = __reduce_max_sync(~0u, most);
+        if (tid % 32 == 0) { hist[tid / 32] = least; hist[32 + tid / 32] = most; }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < DSA__CU_TOPK_THREADS / 32; i++) { least = min(least, hist[i]); most = max(most, hist[32 + i]); }
+        __syncthreads();
+        least = max(least, 1u);
+        dsa__u64 cut = 0;
+        const dsa__u64 base = (dsa__u64) least << 32;
+        if (most > least) cut = dsa__cu_cut_shared(cand, (uint32_t) a.sample, base, rank, 64 - __clz(most - least), 1, hist, sums, bin);
+        if (cut) cut += base;
+        else {                                                          /* too few above it */
+            const dsa__u64 all = 1ull << 32;
+            cut = all + dsa__cu_cut_shared(cand, (uint32_t) a.sample, all, rank, 64, 2, hist, sums, bin);
+        }
+        threshold = max((uint32_t) (cut >> 32), 1u);
+    }
+    __syncthreads();
+
+    for (int32_t q = q0 + tid; q < q1; q += 4 * DSA__CU_TOPK_THREADS) {
+        float x[16];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int32_t j = q + DSA__CU_TOPK_THREADS * i, s = 4 * j - skew;
+            float4 v = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+            if (j < q1) {
+                if (s >= 0 && s + 4 <= n) v = __ldg(&I4[j]);
+                else {
+                    if (s >= 0 && s < n) v.x = I[lo + s];
+                    if (s + 1 >= 0 && s + 1 < n) v.y = I[lo + s + 1];
+                    if (s + 2 >= 0 && s + 2 < n) v.z = I[lo + s + 2];
+                    if (s + 3 >= 0 && s + 3 < n) v.w = I[lo + s + 3];
+                }
+            }
+            x[4 * i] = v.x; x[4 * i + 1] = v.y; x[4 * i + 2] = v.z; x[4 * i + 3] = v.w;
+        }
+        uint32_t hits = 0;
+#pragma unroll
+        for (int i = 0; i < 16; i++) hits |= (uint32_t) (dsa__cu_key(x[i]) >= threshold) << i;
+        if (hits) {
+            uint32_t at = atomicAdd(&n_cand, (uint32_t) __popc(hits));
+#pragma unroll
+            for (int i = 0; i < 16; i++)
+                if (hits >> i & 1) {
+                    if (at < (uint32_t) a.cap) cand[at] = dsa__cu_rank(x[i], (uint32_t) (lo + 4 * (q + DSA__CU_TOPK_THREADS * (i / 4)) - skew + i % 4));
+                    at++;
+                }
+        }
+    }
+    __syncthreads();
+    uint32_t found = n_cand;
+
+    if (a.splits > 1) {
+        dsa__u64 *all = a.candidates + (int64_t) row * a.cap;
+        if (tid == 0) bin[3] = atomicAdd(&a.counts[2 * row], found);
+        __syncthreads();
+        const uint32_t at = bin[3];
+        for (uint32_t i = tid; i < min(found, (uint32_t) a.cap); i += DSA__CU_TOPK_THREADS) if (at + i < (uint32_t) a.cap) all[at + i] = cand[i];
+        __threadfence();
+        __syncthreads();
+        if (tid == 0) last = atomicAdd(&a.counts[2 * row + 1], 1u) == (uint32_t) a.splits - 1;
+        __syncthreads();
+        if (!last) return;
+        __threadfence();
+        found = *(volatile uint32_t *) &a.counts[2 * row];
+        for (uint32_t i = tid; i < min(found, (uint32_t) a.cap); i += DSA__CU_TOPK_THREADS) cand[i] = __ldcg(&all[i]);
+        __syncthreads();
+    }
+
+    int32_t *indices = a.indices + (int64_t) row * k;
+    float   *scores = a.scores ? a.scores + (int64_t) row * k : NULL;
+    if (found <= (uint32_t) a.cap && (found >= (uint32_t) k || threshold == 1)) {
+        dsa__u64 cut = 1ull << 32;
+        if (found > (uint32_t) k) {
+            uint32_t most = 0;
+            for (uint32_t i = tid; i < found; i += DSA__CU_TOPK_THREADS) most = max(most, (uint32_t) (cand[i] >> 32));
+            most = __reduce_max_sync(~0u, most);
+            if (tid % 32 == 0) sums[tid / 32] = most;
+            __syncthreads();
+#pragma unroll
+            for (int i = 0; i < DSA__CU_TOPK_THREADS / 32; i++) most = max(most, sums[i]);
+            __syncthreads();
+            const dsa__u64 base = (dsa__u64) threshold << 32;
+            cut = base + dsa__cu_cut_shared(cand, found, base, (uint32_t) k, 64 - __clz(most - threshold), 6, hist, sums, bin);
+        }
+        dsa__cu_emit([&](int32_t base, int32_t words) {
+            for (int32_t w = tid; w < words; w += DSA__CU_TOPK_THREADS) bitmap[w] = 0;
+            __syncthreads();
+            for (uint32_t i = tid; i < found; i += DSA__CU_TOPK_THREADS) {
+                const dsa__u64 c = cand[i];
+                const uint32_t s = ~(uint32_t) c - (uint32_t) base;
+                if (c >= cut && s < 32u * (uint32_t) words) atomicOr(&bitmap[s / 32], 1u << (s % 32));
+            }
+        }, lo, hi, a.window, k, I, indices, scores, a.found ? a.found + row : NULL, bitmap, sums);
+    } else {
+        dsa__u64 cut = dsa__cu_cut([&](auto f) {
+            for (int32_t s = 0; s < n; s += DSA__CU_TOPK_THREADS * 4) {
+                float x[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) { const int32_t j = s + DSA__CU_TOPK_THREADS * i + tid; x[i] = j < n ? I[lo + j] : -INFINITY; }
+#pragma unroll
+                for (int i = 0; i < 4; i++) { const dsa__u64 c = dsa__cu_rank(x[i], (uint32_t) (lo + s + DSA__CU_TOPK_THREADS * i + tid)); f(c, c >> 32 != 0); }
+            }
+        }, (uint32_t) k, 64, 6, hist, sums, bin);
+        if (cut < 1ull << 32) cut = 1ull << 32;
+        dsa__cu_emit([&](int32_t base, int32_t words) {
+            for (int32_t w = tid / 32; w < words; w += DSA__CU_TOPK_THREADS / 32) {
+                const int32_t s = base + 32 * w + tid % 32;
+                const uint32_t b = __ballot_sync(~0u, s < hi && dsa__cu_rank(s < hi ? I[s] : -INFINITY, (uint32_t) s) >= cut);
+                if (tid % 32 == 0) bitmap[w] = b;
+            }
+        }, lo, hi, a.window, k, I, indices, scores, a.found ? a.found + row : NULL, bitmap, sums);
+    }
+}
+
+/* Ascending positions to the total order: a bitonic sort of c in shared memory; -1 sorts last. k2: k rounded up to a power of two, at most DSA__CU_TOPK_RANKED. */
+__global__ void __launch_bounds__(DSA__CU_TOPK_THREADS) dsa__cu_topk_by_rank(int32_t k, int32_t k2, int32_t *indices, float *scores)
+{
+    extern __shared__ dsa__u64 dsa__cu_topk_shared[];
+    dsa__u64 *c = dsa__cu_topk_shared;
+    indices += (int64_t) blockIdx.x * k;
+    scores += (int64_t) blockIdx.x * k;
+    for (int32_t i = threadIdx.x; i < k2; i += DSA__CU_TOPK_THREADS) c[i] = i < k && indices[i] >= 0 ? dsa__cu_rank(scores[i], (uint32_t) indices[i]) : 0;
+    for (int32_t size = 2; size <= k2; size *= 2)
+        for (int32_t d = size / 2; d; d /= 2) {
+            __syncthreads();
+            for (int32_t t = threadIdx.x; t < k2 / 2; t += DSA__CU_TOPK_THREADS) {
+                const int32_t i = 2 * t - (t & (d - 1)), j = i + d;
+                const dsa__u64 x = c[i], y = c[j];
+                if ((x < y) == ((i & size) == 0)) { c[i] = y; c[j] = x; }
+            }
+        }
+    __syncthreads();
+    for (int32_t i = threadIdx.x; i < k; i += DSA__CU_TOPK_THREADS) {
+        const uint32_t key = (uint32_t) (c[i] >> 32);
+        indices[i] = key ? (int32_t) ~(uint32_t) c[i] : -1;
+        scores[i] = key ? __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key) : -INFINITY;
+    }
+}
+
+struct dsa__cu_topk_plan { int32_t splits, sample, group, cap, window; size_t shared, bytes, count_bytes; };
+
+static inline dsa__cu_topk_plan dsa__cu_topk_prepare(const dsa__cu *g, int32_t rows, int32_t n, int32_t k)
+{
+    const int32_t n_sm = g->n_sm, most = g->shared < DSA__CU_TOPK_SHARED ? DSA__CU_TOPK_CAP / 2 : DSA__CU_TOPK_CAP;
+    const int32_t window = g->shared < DSA__CU_TOPK_SHARED ? DSA__CU_TOPK_WINDOW / 2 : DSA__CU_TOPK_WINDOW;
+    dsa__cu_topk_plan p;
+    p.sample = n > 256 * 1024 ? 4096 : 2048;
+    const double step = (double) n / p.sample, want = k / step, rank = want + 4 * sqrt(want) + 2;
+    p.group = 16;
+    for (double s; p.group > 1 && (s = (double) p.sample / DSA__CU_TOPK_THREADS * p.group, log(p.sample / s) / s < 1.5 * rank / p.sample); ) p.group /= 2;
+    double cap = n < 8192 ? n : (rank + 5 * sqrt(rank) + 2) * step;
+    if (cap < k + 64) cap = k + 64;
+    if (cap < 4096) cap = 4096;
+    if (cap > most) cap = most;
+    p.cap = ((int32_t) cap + 255) / 256 * 256;
+    p.window = n < window ? (n + 127) / 128 * 128 : window;
+    if (p.window < 128) p.window = 128;
+    p.splits = (2 * n_sm) / (rows > 0 ? rows : 1);
+    if (p.splits > n / 4096) p.splits = n / 4096;
+    if (p.splits > 128) p.splits = 128;
+    if (p.splits < 1) p.splits = 1;
+    p.shared = (size_t) p.cap * 8 + (size_t) p.window / 8 + 2048 * 4;
+    p.count_bytes = p.splits > 1 ? ((size_t) rows * 8 + 255) / 256 * 256 : 0;
+    p.bytes = p.splits > 1 ? p.count_bytes + (size_t) rows * p.cap * 8 : 0;
+    return p;
+}
+
+/* Bytes that any n_rows <= rows rows need: fewer rows are split over more blocks. */
+static inline size_t dsa__cu_topk_most(const dsa__cu *g, int64_t rows, int64_t n, int64_t k)
+{
+    size_t most = dsa__cu_topk_prepare(g, (int32_t) rows, (int32_t) n, (int32_t) k).bytes;
+    for (int64_t r = 1; r < rows && r <= 2 * g->n_sm; r++) {
+        const size_t b = dsa__cu_topk_prepare(g, (int32_t) r, (int32_t) n, (int32_t) k).bytes;
+        if (b > most) most = b;
+    }
+    return most;
+}
+
+/* Once per device, before any capture. */
+static inline cudaError_t dsa__cu_topk_init(const dsa__cu *g)
+{
+    cudaError_t e = cudaFuncSetAttribute(dsa__cu_topk, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         g->shared < DSA__CU_TOPK_SHARED ? DSA__CU_TOPK_SHARED / 2 : DSA__CU_TOPK_SHARED);
+    return e ? e : cudaFuncSetAttribute(dsa__cu_topk_by_rank, cudaFuncAttributeMaxDynamicSharedMemorySize, DSA__CU_TOPK_RANKED * 8);
+}
+
+/* A planned selection. workspace: plan.bytes, any contents, 16-byte aligned. follows: a scoring kernel before it in the stream
+   has set the counts at the start of the workspace to zero; overlap: by programmatic dependent launch (sm_90). */
+static inline cudaError_t dsa__cu_topk_launch(cudaStream_t stream, const dsa__cu *g, const dsa__cu_topk_plan &p, const float *I, int64_t ldi, const int32_t *lo, const int32_t *hi,
+                                              int32_t rows, int32_t n, int32_t k, bool by_rank, bool follows, bool fallback, int32_t *indices, float *scores, int32_t *found,
+                                              void *workspace)
+{
+    const bool overlap = g->capability >= 90;
+    if (rows < 1 || k < 1) return cudaSuccess;
+    dsa__cu_topk_args a = { I, ldi, lo, hi, n, k, rows, p.splits, p.sample, p.group, p.cap, p.window, indices, scores, (dsa__u64 *) ((char *) workspace + p.count_bytes), (uint32_t *) workspace,
+                            found, fallback };
+    if (p.splits > 1 && !follows) {
+        cudaError_t e = cudaMemsetAsync(workspace, 0, p.count_bytes, stream);
+        if (e) return e;
+    }
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned) (rows * p.splits));
+    config.blockDim = dim3(DSA__CU_TOPK_THREADS);
+    config.dynamicSmemBytes = p.shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = follows && overlap;
+    const cudaError_t launched = cudaLaunchKernelEx(&config, dsa__cu_topk, a);
+    if (launched) return launched;
+    if (by_rank) {
+        int32_t k2 = 2;
+        while (k2 < k) k2 *= 2;
+        dsa__cu_topk_by_rank<<<rows, DSA__CU_TOPK_THREADS, (size_t) k2 * 8, stream>>>(k, k2, indices, scores);
+    }
+    return cudaGetLastError();
+}
+
+/* Ranges of the rows of stored scores, and zeroed counters. */
+static __global__ void __launch_bounds__(256) dsa__cu_select_begin(dsa__cu_ranges ranges, dsa__cu_bounds bounds, int64_t n_rows, uint32_t *clear, size_t n_clear)
+{
+    const int64_t i = (int64_t) blockIdx.x * 256 + threadIdx.x;
+    if (i < n_rows) dsa__cu_bound_row(bounds, ranges, 0, i);
+    for (int64_t j = i; j < (int64_t) n_clear; j += (int64_t) gridDim.x * 256) clear[j] = 0;
+}
+
 /* ============================================================================================
    >>attend                                   attention, merging
    ============================================================================================ */
@@ -556,50 +1527,76 @@ typedef struct dsa__cu_attend {
     int32_t n_heads, dim_v, what, physical;
     float scale;
     const void *q;                                       /* [n_rows, n_heads, R + r] */
+    const __nv_bfloat16 *q16;                            /* the same in bf16: what tensor cores take */
     int32_t q_bf16, out_bf16, exact;
     const int32_t *indices, *counts, *ks, *ke;
     const int32_t *limits;                               /* optional [n_rows]: a list's valid positions are [0, limit) instead of [0, len) */
-    int64_t n_indices, index_stride;
+    int64_t index_stride;
+    int32_t k;                                           /* entries of a list; else at least those of the longest range */
     int32_t resume, finish;                              /* begin with the state; end with out, lse, max_logit instead of the state */
     float *max, *sum, *acc;                              /* the state [n_rows, n_heads], acc [.., dim_v] from row0 on (out may be acc) */
     int64_t row0;                                        /* the grid begins with this row */
-    const float *sinks;
-    void *out;
-    float *lse, *max_logit;
+    const float *sinks;                                  /* optional [n_heads], natural, not scaled */
+    void *out;                                           /* [n_rows, n_heads, dim_v] */
+    float *lse, *max_logit;                              /* optional [n_rows, n_heads], natural, without the sink; empty rows +inf, -inf */
+    /* PORTABLE and HOPPER: blocks that share a row's list */
+    int32_t n_chunks, leaves_per_chunk, n_leaves;        /* n_leaves of k: strides of parts and stats */
+    float *parts, *stats;                                /* [n_rows, n_leaves, n_heads, dim_v] and [n_rows, n_leaves, n_heads, 2] */
 } dsa__cu_attend;
 
-typedef struct dsa__cu_entries { const int32_t *list; int32_t seq; int64_t begin, end, limit; } dsa__cu_entries;
+typedef struct dsa__cu_entries {
+    const unsigned char *data;
+    const int32_t *list, *table;
+    int64_t begin, limit;                                /* first position of a range; valid are [0, limit) */
+    int32_t count, shift;                                /* entries; log2 page_size, or -1 */
+} dsa__cu_entries;
 
 static __device__ __forceinline__ dsa__cu_entries dsa__cu_entries_of(const dsa__cu_attend &A, int64_t row)
 {
-    dsa__cu_row r = dsa__cu_row_of(A.batch, row);
+    dsa__cu_seen r = dsa__cu_row_of(A.batch, row);
+    const int64_t room = A.pool.n_blocks * A.pool.page_size;
     dsa__cu_entries e;
-    e.seq = r.seq;
+    e.data = A.pool.data;
+    e.table = A.pool.tables ? A.pool.tables + r.seq * A.pool.n_blocks : NULL;
     e.list = NULL;
     e.begin = 0;
-    e.limit = r.len;
-    e.end = r.visible;
-    if (A.what == DSA_ATTEND_RANGE) {
-        e.begin = dsa__cu_clamp(A.ks[row], 0, r.len);
-        e.end = dsa__cu_clamp(A.ke[row], 0, r.len);
-    } else if (A.what == DSA_ATTEND_LIST) {
+    e.limit = r.len < room ? r.len : room;
+    e.shift = (A.pool.page_size & (A.pool.page_size - 1)) == 0 ? 31 - __clz(A.pool.page_size) : -1;
+    if (A.what == DSA_ATTEND_LIST) {
         e.list = A.indices + row * A.index_stride;
-        e.end = A.counts ? dsa__cu_clamp(A.counts[row], 0, A.n_indices) : A.n_indices;
-        if (A.limits) e.limit = dsa__cu_clamp(A.limits[row], 0, A.batch.max_len);
-        if (A.physical) e.limit = A.pool.n_pages * A.pool.page_size;
+        e.count = A.counts ? (int32_t)dsa__cu_clamp(A.counts[row], 0, A.k) : A.k;
+        if (A.limits) e.limit = dsa__cu_clamp(A.limits[row], 0, e.limit);
+        if (A.physical) { e.limit = A.pool.n_pages * A.pool.page_size; e.table = NULL; }
+    } else {
+        int64_t end = r.visible;
+        if (A.what == DSA_ATTEND_RANGE) {
+            e.begin = dsa__cu_clamp(A.ks[row], 0, r.len);
+            end = dsa__cu_clamp(A.ke[row], e.begin, r.len);
+        }
+        e.count = (int32_t)dsa__cu_clamp(end - e.begin, 0, A.k);
     }
     return e;
 }
 
-/* The row that entry i names, or NULL. */
-static __device__ __forceinline__ const unsigned char *dsa__cu_entry(const dsa__cu_attend &A, const dsa__cu_entries &e, int64_t i)
+/* What entry i says; -1 behind the last. */
+static __device__ __forceinline__ int32_t dsa__cu_entry(const dsa__cu_entries &e, int i)
 {
-    int64_t at = e.list ? __ldg(e.list + i) : i;
-    int32_t page, offset;
+    return i >= e.count ? -1 : e.list ? __ldg(e.list + i) : (int32_t)(e.begin + i);
+}
+
+/* The row that an entry names, or NULL. */
+static __device__ __forceinline__ const unsigned char *dsa__cu_row(const dsa__cu_attend &A, const dsa__cu_entries &e, int32_t at)
+{
+    uint32_t page, offset;
     if (at < 0 || at >= e.limit) return NULL;
-    if (e.list && A.physical) return dsa__cu_in(A.pool, at / A.pool.page_size, at % A.pool.page_size);
-    page = dsa__cu_page_of(A.pool, e.seq, at, &offset);
-    return page < 0 ? NULL : dsa__cu_in(A.pool, page, offset);
+    page = e.shift >= 0 ? (uint32_t)at >> e.shift : (uint32_t)at / (uint32_t)A.pool.page_size;
+    offset = (uint32_t)at - page * (uint32_t)A.pool.page_size;
+    if (e.table) {
+        int32_t p = __ldg(e.table + page);
+        if (p < 0 || p >= A.pool.n_pages) return NULL;
+        page = (uint32_t)p;
+    }
+    return e.data + page * A.pool.page_stride + offset * A.pool.row_stride;
 }
 
 /* dsa__exp of dsa.h, operation by operation. */
@@ -642,8 +1639,7 @@ static __global__ void __launch_bounds__(256) dsa__cu_attend_reference(dsa__cu_a
     const int32_t lanes = (int32_t)(A.n_heads - head < 8 ? A.n_heads - head : 8);
     const dsa__cu_entries E = dsa__cu_entries_of(A, row);
     float *acc = A.acc + (at - A.row0 * A.n_heads) * A.dim_v;
-    int64_t next = E.begin;
-    int32_t n, h, s, d, d0, i, first = !A.resume;
+    int32_t next = 0, n, h, s, d, d0, i, first = !A.resume;
     if (tid < lanes) {
         max[tid] = A.resume ? A.max[at + tid] : DSA__CU_NONE;
         sum[tid] = A.resume ? A.sum[at + tid] : 0.0f;
@@ -653,8 +1649,8 @@ static __global__ void __launch_bounds__(256) dsa__cu_attend_reference(dsa__cu_a
     for (;;) {
         if (tid < 32) {                                  /* the first warp gathers */
             int32_t have = held;
-            while (have < DSA__CU_ROWS && next < E.end) {
-                const unsigned char *p = next + tid < E.end ? dsa__cu_entry(A, E, next + tid) : NULL;
+            while (have < DSA__CU_ROWS && next < E.count) {
+                const unsigned char *p = dsa__cu_row(A, E, dsa__cu_entry(E, next + tid));
                 uint32_t valid = __ballot_sync(~0u, p != NULL);
                 if (p) rows[have + __popc(valid & ((1u << tid) - 1u))] = p;
                 have += __popc(valid);
@@ -773,20 +1769,1335 @@ static __global__ void __launch_bounds__(128) dsa__cu_merge(int32_t n_parts, con
     }
 }
 
+/* ---- tensor cores -------------------------------------------------------------------------------------- */
+#define DSA__CU_ABLATE 0
+#define DSA__CU_LOG2E 1.4426950408889634f
+#define DSA__CU_LN2   0.6931471805599453f
+
+/* ---- PTX ---------------------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ float dsa__cu_exp2(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* 16 or 4 bytes global -> shared; zeros where `on` is 0 (nothing is read then). */
+static __device__ __forceinline__ void dsa__cu_copy16(uint32_t to, const void *from, int on)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(on ? 16 : 0) : "memory");
+}
+
+static __device__ __forceinline__ void dsa__cu_copy4(uint32_t to, const void *from, int on)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(to), "l"(from), "r"(on ? 4 : 0) : "memory");
+}
+
+static __device__ __forceinline__ void dsa__cu_copy_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> static __device__ __forceinline__ void dsa__cu_copy_wait(void) { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
+
+static __device__ __forceinline__ void dsa__cu_bar(int id, int n) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(n) : "memory"); }
+
+/* Programmatic dependent launch: nothing before this reads what the launch before wrote. */
+static __device__ __forceinline__ void dsa__cu_wait_launch(void)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+static __device__ __forceinline__ void dsa__cu_let_launch(void)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+static __device__ __forceinline__ uint32_t dsa__cu_pack(float lo, float hi)
+{
+    __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
+    return *(uint32_t *)&v;
+}
+
+/* 4 e4m3 values times a scale, each rounded once to bf16 */
+static __device__ __forceinline__ uint2 dsa__cu_widen4(uint32_t w, float s)
+{
+    if (DSA__CU_ABLATE & 16) return make_uint2(w, __float_as_uint(s));
+    __half2_raw a = __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)(w & 0xFFFF), __NV_E4M3);
+    __half2_raw b = __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)(w >> 16), __NV_E4M3);
+    float2 x = __half22float2(__half2(a)), y = __half22float2(__half2(b));
+    return make_uint2(dsa__cu_pack(x.x * s, x.y * s), dsa__cu_pack(y.x * s, y.y * s));
+}
+
+/* ---- the fold and the end ------------------------------------------------------------------------- */
+/* What O and O_i are multiplied by when a leaf of maximum m comes to one of M. -inf - -inf never happens. */
+static __device__ __forceinline__ float dsa__cu_weigh(float M, float m, float &a, float &b)
+{
+    float top = fmaxf(M, m), safe = top == -INFINITY ? 0.0f : top;
+    a = dsa__cu_exp2(M - safe);
+    b = dsa__cu_exp2(m - safe);
+    return top;
+}
+
+static __device__ __forceinline__ void dsa__cu_fold(float &M, float &L, float m, float l, float &a, float &b)
+{
+    float top = dsa__cu_weigh(M, m, a, b);
+    L = __fmaf_rn(b, l, __fmul_rn(a, L));
+    M = top;
+}
+
+/* What O is multiplied by at the end: 1 / (L + 2^(z - M)), and 0 for an empty row. z: the sink in base 2 or -inf. */
+static __device__ __forceinline__ float dsa__cu_norm(float M, float L, float z)
+{
+    if (L == 0.0f) return 0.0f;
+    if (z == -INFINITY) return 1.0f / L;
+    if (z <= M) return 1.0f / (L + dsa__cu_exp2(z - M));
+    return dsa__cu_exp2(M - z) / (L * dsa__cu_exp2(M - z) + 1.0f);
+}
+
+static __device__ __forceinline__ float dsa__cu_sink(const dsa__cu_attend &A, int head)
+{
+    return A.sinks ? A.sinks[head] * DSA__CU_LOG2E : -INFINITY;
+}
+
+static __device__ __forceinline__ void dsa__cu_stats(const dsa__cu_attend &A, int64_t at, float M, float L)
+{
+    if (A.lse) A.lse[at] = L == 0.0f ? INFINITY : (M + log2f(L)) * DSA__CU_LN2;
+    if (A.max_logit) A.max_logit[at] = M * DSA__CU_LN2;
+}
+
+static __device__ __forceinline__ void dsa__cu_put2(const dsa__cu_attend &A, int64_t at, float x, float y)
+{
+    if (A.out_bf16 == 0) *(float2 *)((float *)A.out + at) = make_float2(x, y);
+    else *(uint32_t *)((__nv_bfloat16 *)A.out + at) = dsa__cu_pack(x, y);
+}
+
+/* Folds the leaves of one (row, head) that several blocks computed. Grid: n_rows * n_heads; block: dim_v / 4 threads rounded up to warps.
+   The maxima so far are a scan (max is exact), so that only the sum is a chain; the first leaves' values are on their way meanwhile. */
+static __global__ void dsa__cu_attend_merge(const __grid_constant__ dsa__cu_attend A, int leaf)
+{
+    extern __shared__ float2 coef[];                     /* a, b of each leaf */
+    __shared__ float end;
+    enum { AHEAD = 16 };
+    const int64_t at = blockIdx.x, step = (int64_t)A.n_heads * A.dim_v;
+    const int row = (int)(at / A.n_heads), head = (int)(at % A.n_heads), d = 4 * threadIdx.x;
+    const bool mine = d < A.dim_v;
+    const float *part = A.parts + ((int64_t)row * A.n_leaves * A.n_heads + head) * A.dim_v + d;
+    float4 x[AHEAD], O = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    int n;
+    dsa__cu_wait_launch();
+    dsa__cu_let_launch();
+    n = (dsa__cu_entries_of(A, row).count + leaf - 1) / leaf;
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++) if (mine && j < n) x[j] = __ldcg((const float4 *)(part + j * step));
+    if (threadIdx.x < 32) {
+        const float2 *stats = (const float2 *)A.stats + (int64_t)row * A.n_leaves * A.n_heads + head;
+        float M = -INFINITY, L = 0.0f;
+        for (int i0 = 0; i0 < n; i0 += 32) {
+            const int i = i0 + threadIdx.x;
+            const float2 s = i < n ? __ldcg(stats + (int64_t)i * A.n_heads) : make_float2(-INFINITY, 0.0f);
+            float top = s.x, before, a, b;
+            for (int k = 1; k < 32; k *= 2) {
+                float o = __shfl_up_sync(~0u, top, k);
+                if (threadIdx.x >= k) top = fmaxf(top, o);
+            }
+            top = fmaxf(top, M);
+            before = __shfl_up_sync(~0u, top, 1);
+            if (threadIdx.x == 0) before = M;
+            dsa__cu_weigh(before, s.x, a, b);
+            if (i < n) coef[i] = make_float2(a, b);
+            for (int k = 0; k < 32 && i0 + k < n; k++)
+                L = __fmaf_rn(__shfl_sync(~0u, b, k), __shfl_sync(~0u, s.y, k), __fmul_rn(__shfl_sync(~0u, a, k), L));
+            M = __shfl_sync(~0u, top, 31);
+        }
+        if (threadIdx.x == 0) {
+            end = dsa__cu_norm(M, L, dsa__cu_sink(A, head));
+            dsa__cu_stats(A, at, M, L);
+        }
+    }
+    __syncthreads();
+    if (!mine) return;
+    for (int i0 = 0; i0 < n; i0 += AHEAD) {
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) if (i0 + j < n) {
+            const float2 c = coef[i0 + j];
+            O.x = __fmaf_rn(c.y, x[j].x, __fmul_rn(c.x, O.x));
+            O.y = __fmaf_rn(c.y, x[j].y, __fmul_rn(c.x, O.y));
+            O.z = __fmaf_rn(c.y, x[j].z, __fmul_rn(c.x, O.z));
+            O.w = __fmaf_rn(c.y, x[j].w, __fmul_rn(c.x, O.w));
+            if (i0 + j + AHEAD < n) x[j] = __ldcg((const float4 *)(part + (i0 + j + AHEAD) * step));
+        }
+    }
+    dsa__cu_put2(A, at * A.dim_v + d, O.x * end, O.y * end);
+    dsa__cu_put2(A, at * A.dim_v + d + 2, O.z * end, O.w * end);
+}
+
+/* q in bf16, from f32 or from bf16 that is not aligned. */
+static __global__ void __launch_bounds__(256) dsa__cu_to_bf16(const void *x, int32_t bf16, __nv_bfloat16 *y, int64_t n)
+{
+    int64_t i = ((int64_t)blockIdx.x * 256 + threadIdx.x) * 4;
+    if (i + 3 < n && !bf16 && ((uintptr_t)x & 15) == 0) {
+        float4 v = *(const float4 *)((const float *)x + i);
+        *(uint2 *)(y + i) = make_uint2(dsa__cu_pack(v.x, v.y), dsa__cu_pack(v.z, v.w));
+    } else for (int64_t j = i; j < i + 4 && j < n; j++) y[j] = __float2bfloat16_rn(dsa__cu_operand(x, bf16, j));
+}
+
+/* Folds a partial (out, lse, max_logit: natural) into the state. One block per (row, head). */
+static __global__ void __launch_bounds__(128) dsa__cu_fold_state(dsa__cu_attend A)
+{
+    const int64_t i = blockIdx.x;
+    const float m = A.max[i], n = A.max_logit[i], lse = A.lse[i], top = fmaxf(m, n);
+    const float a = m == DSA__CU_NONE ? 0.0f : expf(m - top), b = lse == INFINITY ? 0.0f : expf(lse - top);
+    for (int32_t d = (int32_t)threadIdx.x; d < A.dim_v; d += 128) {
+        float *o = A.acc + i * A.dim_v + d;
+        *o = (m == DSA__CU_NONE ? 0.0f : a * *o) + (b == 0.0f ? 0.0f : b * ((const float *)A.out)[i * A.dim_v + d]);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        A.sum[i] = a * A.sum[i] + b;
+        if (lse != INFINITY) A.max[i] = top;
+    }
+}
+
+/* ---- portable path: mma.sync, cp.async (sm_80 and later) ------------------------------------------- */
+/* A block attends for 32 heads of one row. Warp (g, w): heads 16 g .. 16 g + 15 of the block; it scores keys 8 w .. 8 w + 7 of a leaf
+   and owns DV / 4 columns of the output. Leaf: 32 entries. Two blocks share a multiprocessor where its memory allows; q in registers
+   instead (144 of them, one block) took 1.3 times as long. sm_86, 89 and 120 (99 KB) have room for one block, and its bf16 rows
+   have one tile instead of two there (STAGES). */
+#define DSA__CU_LEAF_PORTABLE 32
+
+static __device__ __forceinline__ void dsa__cu_mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
+{
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+static __device__ __forceinline__ void dsa__cu_ldmatrix(uint32_t (&r)[4], uint32_t at)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
+
+static __device__ __forceinline__ void dsa__cu_ldmatrix_t(uint32_t (&r)[4], uint32_t at)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
+
+template <int DQ, bool FP8, int STAGES> struct dsa__cu_portable_smem {
+    static constexpr int leaf = DSA__CU_LEAF_PORTABLE, row = DQ * 2, tile = leaf * row, scores = 36;
+    static constexpr int raw_row = DQ + 96;              /* FP8 row: R + 4 ceil(R/128) + 2 r; rows 32 bytes apart modulo 128 */
+    static constexpr int at_q = STAGES * tile, at_raw = at_q + 32 * row, at_scores = at_raw + (FP8 ? leaf * raw_row : 0);
+    static constexpr int at_valid = at_scores + 32 * scores * 4, bytes = at_valid + 4 * leaf;
+};
+
+template <int DQ, int DV, bool FP8, bool SPLIT, int STAGES>
+static __global__ void __launch_bounds__(256, 2) dsa__cu_attend_portable(const __grid_constant__ dsa__cu_attend A)
+{
+    using S = dsa__cu_portable_smem<DQ, FP8, STAGES>;
+    constexpr int LEAF = S::leaf, STEPS = DQ / 16, TILES = DV / 32;         /* TILES: of 8 columns, per warp */
+    extern __shared__ __align__(1024) unsigned char smem[];
+    float *scores = (float *)(smem + S::at_scores);
+    unsigned char *valid = smem + S::at_valid;                              /* [4][LEAF]: a fast warp may be leaves ahead */
+    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = warp >> 2, w = warp & 3;
+    const int n_groups = (A.n_heads + 31) / 32, D = A.pool.dim + A.pool.dim_rope;
+    int unit = blockIdx.x;
+    const int group = unit % n_groups;
+    unit /= n_groups;
+    const int chunk = unit % A.n_chunks, row = unit / A.n_chunks;
+    const float c = A.scale * DSA__CU_LOG2E;
+    const int head = group * 32 + g * 16 + (lane >> 2);                     /* and head + 8 */
+
+    dsa__cu_wait_launch();
+    if (SPLIT) dsa__cu_let_launch();
+    const dsa__cu_entries E = dsa__cu_entries_of(A, row);
+    const int n_leaves = (E.count + LEAF - 1) / LEAF;
+    const int first = SPLIT ? chunk * A.leaves_per_chunk : 0;
+    const int last = SPLIT ? min(first + A.leaves_per_chunk, n_leaves) : n_leaves;
+    if (SPLIT && first >= last) return;
+
+    /* rows: thread t brings pieces t % 8, t % 8 + 8, ... of entry t / 8 of the leaf */
+    const int mine = tid >> 3, piece = tid & 7;
+    const uint32_t tile = dsa__cu_smem(smem), raw = tile + S::at_raw;
+    const int raw_bytes = A.pool.dim + (A.pool.dim + 127) / 128 * 4 + 2 * A.pool.dim_rope;
+    const bool wide = (((uintptr_t)E.data | A.pool.row_stride | A.pool.page_stride) & 15) == 0;
+    int32_t next = dsa__cu_entry(E, first * LEAF + mine);
+    auto fetch = [&](int leaf) {                                            /* issues the copies of a leaf and reads the list's next part */
+        const unsigned char *from = leaf < last ? dsa__cu_row(A, E, next) : NULL;
+        const int on = from != NULL, slot = leaf % STAGES;
+        if (leaf < last) {
+            if (!on) from = E.data;
+            next = dsa__cu_entry(E, (leaf + 1) * LEAF + mine);
+            if (piece == 0) valid[(leaf & 3) * LEAF + mine] = (unsigned char)on;
+            if (FP8) {
+                uint32_t to = raw + mine * S::raw_row;
+                if (wide) for (int i = piece * 16; i < raw_bytes; i += 128) {
+                    if (i + 16 <= raw_bytes) dsa__cu_copy16(to + i, from + i, on);
+                    else for (int j = i; j < raw_bytes; j += 4) dsa__cu_copy4(to + j, from + j, on);
+                }
+                else for (int i = piece * 4; i < raw_bytes; i += 32) dsa__cu_copy4(to + i, from + i, on);
+            } else {
+                uint32_t to = tile + slot * S::tile + mine * S::row;
+                if (wide) {
+#pragma unroll
+                    for (int i = 0; i < DQ / 64; i++) {
+                        int u = i * 8 + piece;
+                        if (u * 8 < D) dsa__cu_copy16(to + ((u ^ (mine & 7)) << 4), from + u * 16, on);
+                    }
+                } else for (int i = 0; i < DQ / 64; i++) {
+                    int u = i * 8 + piece;
+                    if (u * 8 < D) for (int j = 0; j < 16; j += 4) dsa__cu_copy4(to + ((u ^ (mine & 7)) << 4) + j, from + u * 16 + j, on);
+                }
+            }
+        }
+        dsa__cu_copy_commit();
+    };
+
+    /* columns between D and DQ: zeros that no copy touches */
+    for (int i = tid; i < (STAGES * LEAF + 32) * (DQ / 8); i += 256) {
+        int r = i / (DQ / 8), u = i % (DQ / 8);
+        if (u * 8 >= D) *(uint4 *)(smem + r * S::row + ((u ^ (r & 7)) << 4)) = make_uint4(0, 0, 0, 0);
+    }
+    /* FP8: widens a leaf's raw rows into its tile. A row's raw bytes are copied and widened by the same 8 threads. */
+    auto widen = [&] {
+        const unsigned char *from = smem + S::at_raw + mine * S::raw_row;
+        const float *scale = (const float *)(from + A.pool.dim);
+        const unsigned char *rope = from + A.pool.dim + (A.pool.dim + 127) / 128 * 4 - 2 * A.pool.dim;
+        unsigned char *to = smem + mine * S::row;
+#pragma unroll 3
+        for (int i = 0; i < DQ / 64; i++) {
+            const int u = i * 8 + piece;
+            uint4 y;
+            if (u * 8 < A.pool.dim) {
+                uint2 x = *(const uint2 *)(from + u * 8);
+                float s = scale[u >> 4];
+                uint2 a = dsa__cu_widen4(x.x, s), b = dsa__cu_widen4(x.y, s);
+                y = make_uint4(a.x, a.y, b.x, b.y);
+            } else if (u * 8 < D) {
+                const uint32_t *x = (const uint32_t *)(rope + 16 * u);
+                y = make_uint4(x[0], x[1], x[2], x[3]);
+            }
+            if (u * 8 < D) *(uint4 *)(to + ((u ^ (mine & 7)) << 4)) = y;
+        }
+        __syncwarp();
+    };
+    {
+        const __nv_bfloat16 *q = A.q16 + ((int64_t)row * A.n_heads + group * 32) * D;
+        const bool q_wide = ((uintptr_t)A.q16 & 15) == 0;
+        const int r = tid >> 3, on = group * 32 + r < A.n_heads;
+        const uint32_t to = tile + S::at_q + r * S::row;
+        for (int u = piece; u * 8 < D; u += 8) {
+            const __nv_bfloat16 *from = on ? q + (int64_t)r * D + u * 8 : A.q16;
+            if (q_wide) dsa__cu_copy16(to + ((u ^ (r & 7)) << 4), from, on);
+            else for (int j = 0; j < 8; j += 2) dsa__cu_copy4(to + ((u ^ (r & 7)) << 4) + 2 * j, on ? from + j : from, on);
+        }
+    }
+    fetch(first);
+    float O[TILES][4], M0 = -INFINITY, M1 = -INFINITY, L0 = 0.0f, L1 = 0.0f;
+#pragma unroll
+    for (int t = 0; t < TILES; t++) O[t][0] = O[t][1] = O[t][2] = O[t][3] = 0.0f;
+
+    for (int leaf = first; leaf < last; leaf++) {
+        const uint32_t rows = tile + leaf % STAGES * S::tile;
+        dsa__cu_copy_wait<0>();
+        __syncthreads();                                 /* the leaf's rows are there; nobody reads the leaf before any more */
+        if (FP8) {
+            widen();
+            fetch(leaf + 1);
+            __syncthreads();
+        } else if (STAGES == 2) fetch(leaf + 1);
+
+        /* scores of 16 heads x 8 keys: two sums, of the even and the odd steps, to halve the chain of dependent products */
+        float s0[4] = { 0.0f, 0.0f, 0.0f, 0.0f }, s1[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+        const int key = w * 8 + (lane & 7), qrow = g * 16 + (lane & 15);
+#pragma unroll
+        for (int s = 0; s < STEPS; s += 2) {
+            uint32_t a[4], b[4];
+            dsa__cu_ldmatrix(b, rows + key * S::row + (((2 * s + (lane >> 3)) ^ (key & 7)) << 4));
+            dsa__cu_ldmatrix(a, tile + S::at_q + qrow * S::row + (((2 * s + (lane >> 4)) ^ (qrow & 7)) << 4));
+            dsa__cu_mma(s0, a, b[0], b[1]);
+            dsa__cu_ldmatrix(a, tile + S::at_q + qrow * S::row + (((2 * s + 2 + (lane >> 4)) ^ (qrow & 7)) << 4));
+            dsa__cu_mma(s1, a, b[2], b[3]);
+        }
+        {
+            const int col = w * 8 + 2 * (lane & 3);
+            const bool on0 = valid[(leaf & 3) * LEAF + col] != 0, on1 = valid[(leaf & 3) * LEAF + col + 1] != 0;
+            float *to = scores + (g * 16 + (lane >> 2)) * S::scores + col;
+            *(float2 *)to = make_float2(on0 ? (s0[0] + s1[0]) * c : -INFINITY, on1 ? (s0[1] + s1[1]) * c : -INFINITY);
+            *(float2 *)(to + 8 * S::scores) = make_float2(on0 ? (s0[2] + s1[2]) * c : -INFINITY, on1 ? (s0[3] + s1[3]) * c : -INFINITY);
+        }
+        dsa__cu_bar(1 + g, 128);
+
+        /* each of the four warps takes the weights of all 32 keys, as operands */
+        float x[16], m0 = -INFINITY, m1 = -INFINITY, l0 = 0.0f, l1 = 0.0f;
+        {
+            const float *from = scores + (g * 16 + (lane >> 2)) * S::scores + 2 * (lane & 3);
+#pragma unroll
+            for (int t = 0; t < 4; t++) {
+                float2 u = *(const float2 *)(from + 8 * t), v = *(const float2 *)(from + 8 * t + 8 * S::scores);
+                x[4 * t] = u.x; x[4 * t + 1] = u.y; x[4 * t + 2] = v.x; x[4 * t + 3] = v.y;
+                m0 = fmaxf(m0, fmaxf(u.x, u.y));
+                m1 = fmaxf(m1, fmaxf(v.x, v.y));
+            }
+        }
+        m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 1)); m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 2));
+        m1 = fmaxf(m1, __shfl_xor_sync(~0u, m1, 1)); m1 = fmaxf(m1, __shfl_xor_sync(~0u, m1, 2));
+        uint32_t p[2][4];
+        {
+            const float z0 = m0 == -INFINITY ? 0.0f : m0, z1 = m1 == -INFINITY ? 0.0f : m1;
+#pragma unroll
+            for (int t = 0; t < 4; t++) {
+                float a0 = dsa__cu_exp2(x[4 * t] - z0), a1 = dsa__cu_exp2(x[4 * t + 1] - z0);
+                float b0 = dsa__cu_exp2(x[4 * t + 2] - z1), b1 = dsa__cu_exp2(x[4 * t + 3] - z1);
+                l0 += a0 + a1;
+                l1 += b0 + b1;
+                p[t >> 1][(t & 1) * 2] = dsa__cu_pack(a0, a1);
+                p[t >> 1][(t & 1) * 2 + 1] = dsa__cu_pack(b0, b1);
+            }
+        }
+        l0 += __shfl_xor_sync(~0u, l0, 1); l0 += __shfl_xor_sync(~0u, l0, 2);
+        l1 += __shfl_xor_sync(~0u, l1, 1); l1 += __shfl_xor_sync(~0u, l1, 2);
+
+        float a0 = 0.0f, a1 = 0.0f, b0 = 0.0f, b1 = 0.0f;
+        if (!SPLIT) {
+            dsa__cu_fold(M0, L0, m0, l0, a0, b0);
+            dsa__cu_fold(M1, L1, m1, l1, a1, b1);
+        }
+        const int64_t at = SPLIT ? ((int64_t)row * A.n_leaves + leaf) * A.n_heads + head : 0;
+        if (SPLIT && w == 0 && (lane & 3) == 0) {
+            if (head < A.n_heads)     *(float2 *)(A.stats + 2 * at)       = make_float2(m0, l0);
+            if (head + 8 < A.n_heads) *(float2 *)(A.stats + 2 * (at + 8)) = make_float2(m1, l1);
+        }
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            uint32_t v[4];
+            float y[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+            dsa__cu_ldmatrix_t(v, rows + lane * S::row + (((w * TILES + t) ^ (lane & 7)) << 4));
+            dsa__cu_mma(y, p[0], v[0], v[1]);
+            dsa__cu_mma(y, p[1], v[2], v[3]);
+            if (SPLIT) {
+                const int col = (w * TILES + t) * 8 + 2 * (lane & 3);
+                if (col < A.dim_v && head < A.n_heads)     *(float2 *)(A.parts + at * A.dim_v + col)       = make_float2(y[0], y[1]);
+                if (col < A.dim_v && head + 8 < A.n_heads) *(float2 *)(A.parts + (at + 8) * A.dim_v + col) = make_float2(y[2], y[3]);
+            } else {
+                O[t][0] = __fmaf_rn(b0, y[0], __fmul_rn(a0, O[t][0]));
+                O[t][1] = __fmaf_rn(b0, y[1], __fmul_rn(a0, O[t][1]));
+                O[t][2] = __fmaf_rn(b1, y[2], __fmul_rn(a1, O[t][2]));
+                O[t][3] = __fmaf_rn(b1, y[3], __fmul_rn(a1, O[t][3]));
+            }
+        }
+        if (!FP8 && STAGES == 1) {
+            __syncthreads();
+            fetch(leaf + 1);
+        }
+    }
+    if (SPLIT) return;
+
+    const int64_t at = (int64_t)row * A.n_heads + head;
+    const float f0 = head < A.n_heads ? dsa__cu_norm(M0, L0, dsa__cu_sink(A, head)) : 0.0f;
+    const float f1 = head + 8 < A.n_heads ? dsa__cu_norm(M1, L1, dsa__cu_sink(A, head + 8)) : 0.0f;
+    if (w == 0 && (lane & 3) == 0) {
+        if (head < A.n_heads)     dsa__cu_stats(A, at, M0, L0);
+        if (head + 8 < A.n_heads) dsa__cu_stats(A, at + 8, M1, L1);
+    }
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+        const int col = (w * TILES + t) * 8 + 2 * (lane & 3);
+        if (col < A.dim_v && head < A.n_heads)     dsa__cu_put2(A, at * A.dim_v + col, O[t][0] * f0, O[t][1] * f0);
+        if (col < A.dim_v && head + 8 < A.n_heads) dsa__cu_put2(A, (at + 8) * A.dim_v + col, O[t][2] * f1, O[t][3] * f1);
+    }
+}
+
+/* ---- Hopper path: wgmma, mbarriers, a producer warpgroup (sm_90a) ----------------------------------- */
+/* R = 512, r = 64 or 0, rows on 16 bytes. A block attends for 64 heads of one row. Leaf: 64 entries. Warpgroup 2 brings leaf j into
+   buffer j % 2; warpgroup w of 0, 1 scores the leaves j with j % 2 = w (64 heads x 64 keys, 36 steps), takes their weights and hands
+   them to the other, and both multiply every leaf's weights, in order, with their half of the columns (O: 64 x 256, 128
+   registers). So the two are never in the same phase for long, and the tensor cores always have one of them.
+   A tile is 9 (8 without rope) chunks of 64 columns, each 64 rows of 128 bytes with the 128-byte swizzle: unit u of row s lies at
+   u ^ (s % 8). The rope chunk of a leaf is read only by its scores, so the weights are handed over in its place. */
+#define DSA__CU_LEAF_HOPPER 64
+#define DSA__CU_CHUNK 8192                               /* bytes of 64 rows x 64 columns */
+
+struct dsa__cu_hopper_smem {
+    static constexpr int q = 0, tile = 9 * DSA__CU_CHUNK, kv = tile, stats = 3 * tile, bars = stats + 2 * 128 * 16, valid = bars + 128, bytes = valid + 16;
+};
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+static __device__ __forceinline__ void dsa__cu_bar_init(uint32_t bar, int n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(n) : "memory"); }
+static __device__ __forceinline__ void dsa__cu_bar_arrive(uint32_t bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory"); }
+/* arrives once all copies that this thread has issued are there */
+static __device__ __forceinline__ void dsa__cu_bar_arrive_copies(uint32_t bar)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(bar) : "memory");
+}
+static __device__ __forceinline__ void dsa__cu_bar_wait(uint32_t bar, int parity)
+{
+    uint32_t done;
+#ifdef DSA__CU_TRAP
+    int spins = 0;
+#endif
+    do {
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+            : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+#ifdef DSA__CU_TRAP
+        if (++spins > 2000000) break;                /* wrong results instead of a hang; a trap would cost ptxas its register plan */
+#endif
+    } while (!done);
+}
+/* what other threads stored, seen through a barrier, may now be read by wgmma and bulk copies */
+static __device__ __forceinline__ void dsa__cu_proxy_fence(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+static __device__ __forceinline__ void dsa__cu_wgmma_fence(void) { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+static __device__ __forceinline__ void dsa__cu_wgmma_commit(void) { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> static __device__ __forceinline__ void dsa__cu_wgmma_wait(void) { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory"); }
+
+/* Matrix descriptor: 128-byte swizzle, 8-row groups 1024 bytes apart, next 64 columns a chunk away. The upper half is a constant; the lower
+   half comes as a warp-uniform number, or else every product pays for moving it to uniform registers. */
+#define DSA__CU_DESC_HIGH 0x40000040                     /* swizzle 1 << 30 | 1024 / 16 */
+static __device__ __forceinline__ uint32_t dsa__cu_desc(uint32_t at)
+{
+    return __shfl_sync(~0u, (at & 0x3FFFF) >> 4 | (uint32_t)(DSA__CU_CHUNK >> 4) << 16, 0);
+}
+
+#define DSA__CU_D32(d) \
+    "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
+    "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
+    "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
+    "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+#define DSA__CU_N32 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
+
+/* d [64, 64] (+)= a [64, 16] b [64, 16]^T, both in shared memory, columns (the summed dimension) contiguous */
+static __device__ __forceinline__ void dsa__cu_wgmma_ss(float (&d)[32], uint32_t a, uint32_t b, int add)
+{
+    asm volatile("{ .reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %34, 0; mov.b64 a, {%32, %35}; mov.b64 b, {%33, %35};\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " DSA__CU_N32 ", a, b, p, 1, 1, 0, 0; }"
+        : DSA__CU_D32(d) : "r"(a), "r"(b), "r"(add), "n"(DSA__CU_DESC_HIGH));
+}
+
+/* d [64, 64] (+)= a [64, 16] b [16, 64], a in registers, b in shared memory with its 64 columns contiguous */
+static __device__ __forceinline__ void dsa__cu_wgmma_rs(float (&d)[32], const uint32_t *a, uint32_t b, int add)
+{
+    asm volatile("{ .reg .pred p; .reg .b64 b; setp.ne.b32 p, %37, 0; mov.b64 b, {%36, %38};\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " DSA__CU_N32 ", {%32,%33,%34,%35}, b, p, 1, 1, 1; }"
+        : DSA__CU_D32(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add), "n"(DSA__CU_DESC_HIGH));
+}
+
+/* the same with 32 columns */
+static __device__ __forceinline__ void dsa__cu_wgmma_rs(float (&d)[16], const uint32_t *a, uint32_t b, int add)
+{
+    asm volatile("{ .reg .pred p; .reg .b64 b; setp.ne.b32 p, %21, 0; mov.b64 b, {%20, %22};\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, b, p, 1, 1, 1; }"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add), "n"(DSA__CU_DESC_HIGH));
+}
+
+#ifndef DSA__CU_PARTS
+#define DSA__CU_PARTS 0
+#endif
+#ifndef DSA__CU_N                                        /* columns per step of the fold, and steps in flight */
+#define DSA__CU_N 64
+#define DSA__CU_AHEAD 0
+#endif
+
+/* 16 bytes, zeros where `on` is 0. Predicated, not branched around: behind a branch the compiler copies the result, and so waits for it. */
+static __device__ __forceinline__ uint4 dsa__cu_load16(const void *from, int on)
+{
+    uint4 v;
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+        "@p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4]; }" : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w) : "l"(from), "r"(on));
+    return v;
+}
+
+static __device__ __forceinline__ void dsa__cu_store16(uint32_t to, uint4 v)
+{
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" :: "r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+static __device__ __forceinline__ uint4 dsa__cu_read16(uint32_t from)
+{
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+    return v;
+}
+
+static __device__ __forceinline__ void dsa__cu_store8(uint32_t to, float x, float y) { asm volatile("st.shared.v2.f32 [%0], {%1,%2};" :: "r"(to), "f"(x), "f"(y) : "memory"); }
+
+static __device__ __forceinline__ float2 dsa__cu_read8(uint32_t from)
+{
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from) : "memory");
+    return v;
+}
+
+/* bf16 rows. Thread (warp p, lane) brings unit lane % 8 of every chunk of rows 16 p + 4 j + lane / 8, j = 0..3. */
+template <int ROPE>
+static __device__ __forceinline__ void dsa__cu_produce_bf16(const dsa__cu_attend &A, const dsa__cu_entries &E, int first, int last,
+                                                            uint32_t kv, uint32_t full, uint32_t empty, unsigned short *valid)
+{
+    const int lane = threadIdx.x & 31, p = (threadIdx.x >> 5) & 3, sub = lane >> 3, unit = lane & 7;
+    int32_t next[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) next[j] = dsa__cu_entry(E, first * 64 + 16 * p + 4 * j + sub);
+    for (int i = 0; i < last - first; i++) {
+        const int b = i & 1;
+        const unsigned char *from[4];
+        int on[4];
+        uint32_t bits = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            from[j] = dsa__cu_row(A, E, next[j]);
+            on[j] = from[j] != NULL;
+            uint32_t v = __ballot_sync(~0u, on[j]);
+            bits |= ((v & 1) | (v >> 7 & 2) | (v >> 14 & 4) | (v >> 21 & 8)) << (4 * j);
+            if (!on[j]) from[j] = E.data;
+            from[j] += unit * 16;
+            next[j] = dsa__cu_entry(E, (first + i + 1) * 64 + 16 * p + 4 * j + sub);
+        }
+        const uint32_t to = kv + b * dsa__cu_hopper_smem::tile + (16 * p + sub) * 128;
+        const uint32_t even = to + ((unit ^ sub) << 4), odd = to + 512 + ((unit ^ (sub + 4)) << 4);       /* rows 4 j + sub, modulo 8 */
+#pragma unroll
+        for (int c = 0; c < 8 + ROPE / 64; c++) {
+            if (i >= 2 && (c == 0 || c == 4)) dsa__cu_bar_wait(empty + 16 * b + 2 * c, ((i >> 1) + 1) & 1);
+            if (c == 4 && lane == 0) {                   /* behind the scorer's last look at the old bits: it has multiplied since */
+                valid[4 * b + p] = (unsigned short)bits;
+                dsa__cu_bar_arrive(full + 24 * b + 8);
+            }
+            if (!(DSA__CU_ABLATE & 1)) {
+                dsa__cu_copy16(even + c * DSA__CU_CHUNK,        from[0] + c * 128, on[0]);
+                dsa__cu_copy16(odd  + c * DSA__CU_CHUNK,        from[1] + c * 128, on[1]);
+                dsa__cu_copy16(even + c * DSA__CU_CHUNK + 1024, from[2] + c * 128, on[2]);
+                dsa__cu_copy16(odd  + c * DSA__CU_CHUNK + 1024, from[3] + c * 128, on[3]);
+            }
+            if (c == 3 || c >= 7) dsa__cu_bar_arrive_copies(full + 24 * b + (c >> 2) * 8);
+        }
+    }
+}
+
+/* The 4 threads of a row ask for its 6 lines, so that what they load later waits for the L2 only. */
+static __device__ __forceinline__ void dsa__cu_prefetch_fp8(const unsigned char *row, int u)
+{
+    asm volatile("{ .reg .pred p; setp.ne.b64 p, %0, 0; @p prefetch.global.L2 [%0 + 0]; }" :: "l"(row ? row + 128 * u : row));
+    asm volatile("{ .reg .pred p; setp.ne.b64 p, %0, 0; @p prefetch.global.L2 [%0 + 0]; }" :: "l"(row && u < 2 ? row + 512 + 128 * u : NULL));
+}
+
+/* FP8 rows, widened on the way. Thread (warp p, lane) does 16 values of every chunk, values 16 u .. 16 u + 15 with u = lane % 4, of rows
+   16 p + lane / 4 and 8 more: two neighbouring rows write all the banks once. While a half of two rows is widened the next half's
+   values are on their way into the registers that it leaves. */
+template <int ROPE>
+static __device__ __forceinline__ void dsa__cu_produce_fp8(const dsa__cu_attend &A, const dsa__cu_entries &E, int first, int last,
+                                                           uint32_t kv, uint32_t full, uint32_t empty, unsigned short *valid)
+{
+    const int lane = threadIdx.x & 31, p = (threadIdx.x >> 5) & 3, sub = lane >> 2, u = lane & 3, n = last - first;
+    uint4 v[8], scale[2];
+    const unsigned char *row[2], *ahead[2];
+    int32_t next[2];
+    if (n <= 0) return;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        row[h] = dsa__cu_row(A, E, dsa__cu_entry(E, first * 64 + 16 * p + 8 * h + sub));
+        next[h] = dsa__cu_entry(E, (first + 1) * 64 + 16 * p + 8 * h + sub);
+    }
+    dsa__cu_prefetch_fp8(row[0], u);
+    dsa__cu_prefetch_fp8(row[1], u);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+#pragma unroll
+        for (int c = 0; c < 4; c++) v[4 * h + c] = dsa__cu_load16(row[h] + 64 * c + 16 * u, row[h] != NULL);
+        scale[h] = dsa__cu_load16(row[h] + 512, row[h] != NULL);
+    }
+    for (int i = 0; i < n; i++) {
+        const int b = i & 1;
+        const uint32_t to = kv + b * dsa__cu_hopper_smem::tile + (16 * p + sub) * 128;
+        const uint32_t to0 = to + (((2 * u) ^ sub) << 4), to1 = to + (((2 * u + 1) ^ sub) << 4);
+        uint32_t bits = 0;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            uint32_t ball = __ballot_sync(~0u, row[h] != NULL && u == 0);
+#pragma unroll
+            for (int j = 0; j < 8; j++) bits |= (ball >> (4 * j) & 1) << (8 * h + j);
+            ahead[h] = i + 1 < n ? dsa__cu_row(A, E, next[h]) : NULL;
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++) next[h] = dsa__cu_entry(E, (first + i + 2) * 64 + 16 * p + 8 * h + sub);
+        dsa__cu_prefetch_fp8(ahead[0], u);
+        dsa__cu_prefetch_fp8(ahead[1], u);
+#pragma unroll
+        for (int part = 0; part < 2; part++) {
+            if (i >= 2) dsa__cu_bar_wait(empty + 16 * b + 8 * part, ((i >> 1) + 1) & 1);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float s0 = __uint_as_float(part ? scale[h].z : scale[h].x), s1 = __uint_as_float(part ? scale[h].w : scale[h].y);
+                const unsigned char *from = part ? ahead[h] : row[h] + 256;
+                const int on = (part ? ahead[h] : row[h]) != NULL;
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    const uint4 x = v[4 * h + c];
+                    const uint2 a0 = dsa__cu_widen4(x.x, c < 2 ? s0 : s1), a1 = dsa__cu_widen4(x.y, c < 2 ? s0 : s1);
+                    const uint2 a2 = dsa__cu_widen4(x.z, c < 2 ? s0 : s1), a3 = dsa__cu_widen4(x.w, c < 2 ? s0 : s1);
+                    v[4 * h + c] = dsa__cu_load16(from + 64 * c + 16 * u, on);
+                    dsa__cu_store16(to0 + h * 1024 + (4 * part + c) * DSA__CU_CHUNK, make_uint4(a0.x, a0.y, a1.x, a1.y));
+                    dsa__cu_store16(to1 + h * 1024 + (4 * part + c) * DSA__CU_CHUNK, make_uint4(a2.x, a2.y, a3.x, a3.y));
+                }
+                if (part) scale[h] = dsa__cu_load16(from + 512, on);
+            }
+            if (part == 1 && lane == 0) valid[4 * b + p] = (unsigned short)bits;
+            dsa__cu_bar_arrive(full + 24 * b + 8 * part);
+        }
+        if (ROPE) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const unsigned char *from = row[h] ? row[h] + 528 + 32 * u : E.data;
+                dsa__cu_copy16(to0 + h * 1024 + 8 * DSA__CU_CHUNK, from, row[h] != NULL);
+                dsa__cu_copy16(to1 + h * 1024 + 8 * DSA__CU_CHUNK, from + 16, row[h] != NULL);
+            }
+            dsa__cu_bar_arrive_copies(full + 24 * b + 16);
+        }
+        row[0] = ahead[0];
+        row[1] = ahead[1];
+    }
+}
+
+/* The end of a block that saw the whole list: O / (L + sink) of warpgroup w's half of the columns, lse and max. AT: the tiles. */
+template <int AT>
+static __device__ __forceinline__ void dsa__cu_attend_end(const dsa__cu_attend &A, float (&O)[4][32], float M0, float M1, float L0, float L1, int row, int group, int w)
+{
+    extern __shared__ __align__(1024) unsigned char smem[];
+    const uint32_t base = dsa__cu_smem(smem);
+    const int tid = threadIdx.x, lane = tid & 31, head = group * 64 + 16 * ((tid >> 5) & 3) + (lane >> 2);
+    const int64_t at = (int64_t)row * A.n_heads + head;
+    const float f0 = head < A.n_heads ? dsa__cu_norm(M0, L0, dsa__cu_sink(A, head)) : 0.0f;
+    const float f1 = head + 8 < A.n_heads ? dsa__cu_norm(M1, L1, dsa__cu_sink(A, head + 8)) : 0.0f;
+    if (w == 0 && (lane & 3) == 0) {
+        if (head < A.n_heads)     dsa__cu_stats(A, at, M0, L0);
+        if (head + 8 < A.n_heads) dsa__cu_stats(A, at + 8, M1, L1);
+    }
+    if (A.out_bf16 == 0) {
+        float *to = (float *)A.out + at * 512 + w * 256 + 2 * (lane & 3);
+        if (head < A.n_heads) {
+#pragma unroll
+            for (int j = 0; j < 32; j++) *(float2 *)(to + 8 * j) = make_float2(O[j >> 3][4 * (j & 7)] * f0, O[j >> 3][4 * (j & 7) + 1] * f0);
+        }
+        if (head + 8 < A.n_heads) {
+#pragma unroll
+            for (int j = 0; j < 32; j++) *(float2 *)(to + 4096 + 8 * j) = make_float2(O[j >> 3][4 * (j & 7) + 2] * f1, O[j >> 3][4 * (j & 7) + 3] * f1);
+        }
+    } else {                                         /* over the tiles, rows of 512 bytes and 16 more (no bank twice), then by bulk copies */
+        const uint32_t stage = base + AT + w * 64 * 528, to = stage + (16 * ((tid >> 5) & 3) + (lane >> 2)) * 528 + 4 * (lane & 3);
+        dsa__cu_bar(1, 256);
+#pragma unroll
+        for (int j = 0; j < 32; j++) {
+            asm volatile("st.shared.u32 [%0], %1;" :: "r"(to + 16 * j), "r"(dsa__cu_pack(O[j >> 3][4 * (j & 7)] * f0, O[j >> 3][4 * (j & 7) + 1] * f0)) : "memory");
+            asm volatile("st.shared.u32 [%0], %1;" :: "r"(to + 8 * 528 + 16 * j), "r"(dsa__cu_pack(O[j >> 3][4 * (j & 7) + 2] * f1, O[j >> 3][4 * (j & 7) + 3] * f1)) : "memory");
+        }
+        dsa__cu_proxy_fence();
+        dsa__cu_bar(2 + w, 128);
+        const int r = tid & 127;
+        if (r < 64 && group * 64 + r < A.n_heads) {
+            __nv_bfloat16 *out = (__nv_bfloat16 *)A.out + ((int64_t)row * A.n_heads + group * 64 + r) * 512 + w * 256;
+            asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], 512;" :: "l"(out), "r"(stage + r * 528) : "memory");
+            asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+            asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+        }
+    }
+}
+
+template <int ROPE, bool FP8, bool SPLIT>
+static __global__ void __launch_bounds__(384, 1) dsa__cu_attend_hopper(const __grid_constant__ dsa__cu_attend A)
+{
+    using S = dsa__cu_hopper_smem;
+    extern __shared__ __align__(1024) unsigned char smem[];
+    const uint32_t base = dsa__cu_smem(smem), kv = base + S::kv, full = base + S::bars, empty = full + 48, given = full + 80;
+    unsigned short *valid = (unsigned short *)(smem + S::valid);            /* [2] x 64 bits */
+    const int tid = threadIdx.x, lane = tid & 31, w = __shfl_sync(~0u, tid >> 7, 0);
+    const int n_groups = (A.n_heads + 63) / 64;
+    int unit = blockIdx.x;
+    const int group = unit % n_groups;
+    unit /= n_groups;
+    const int chunk = unit % A.n_chunks, row = unit / A.n_chunks;
+
+    if (tid == 0) {
+        for (int i = 0; i < 2; i++) {
+            for (int part = 0; part < 3; part++)                            /* bf16: the copies of 128 threads; 4 sets of bits with the second */
+                dsa__cu_bar_init(full + 24 * i + 8 * part, !FP8 && part == 1 ? 132 : 128);
+            for (int part = 0; part < 2; part++) dsa__cu_bar_init(empty + 16 * i + 8 * part, 4);
+            dsa__cu_bar_init(given + 8 * i, 4);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    dsa__cu_wait_launch();
+    if (SPLIT) dsa__cu_let_launch();                     /* the merge may take its place; it waits for our end */
+    const dsa__cu_entries E = dsa__cu_entries_of(A, row);
+    const int n_leaves = (E.count + 63) / 64;
+    const int first = SPLIT ? min(chunk * A.leaves_per_chunk, n_leaves) : 0;
+    const int last = SPLIT ? min(first + A.leaves_per_chunk, n_leaves) : n_leaves;
+    const int n = last - first;
+
+    if (w == 2) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(FP8 ? 88 : 72));
+        if (FP8) dsa__cu_produce_fp8<ROPE>(A, E, first, last, kv, full, empty, valid);
+        else     dsa__cu_produce_bf16<ROPE>(A, E, first, last, kv, full, empty, valid);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(FP8 ? 208 : 216));
+        constexpr int DIM = 512 + ROPE;
+        const float scale = A.scale * DSA__CU_LOG2E;
+        const int head = group * 64 + 16 * ((tid >> 5) & 3) + (lane >> 2);  /* and head + 8 */
+        {
+            const __nv_bfloat16 *q = A.q16 + ((int64_t)row * A.n_heads + group * 64) * DIM;
+            for (int i = tid; i < 64 * DIM / 8; i += 256) {
+                int r = i / (DIM / 8), u = i % (DIM / 8), on = group * 64 + r < A.n_heads;
+                dsa__cu_copy16(base + (u >> 3) * DSA__CU_CHUNK + r * 128 + (((u & 7) ^ (r & 7)) << 4), on ? q + (int64_t)r * DIM + u * 8 : A.q16, on);
+            }
+            dsa__cu_copy_commit();
+            dsa__cu_copy_wait<0>();
+            dsa__cu_proxy_fence();
+            dsa__cu_bar(1, 256);
+        }
+        float O[4][32], M0 = -INFINITY, M1 = -INFINITY, L0 = 0.0f, L1 = 0.0f;
+#pragma unroll
+        for (int c = 0; c < 4; c++)
+#pragma unroll
+            for (int j = 0; j < 32; j++) O[c][j] = 0.0f;
+
+        for (int i = 0; 2 * i < n; i++) {
+            if (2 * i + w < n) {                                            /* my leaf */
+                float s[32], m0 = -INFINITY, m1 = -INFINITY, l0 = 0.0f, l1 = 0.0f;
+                const uint32_t tile = kv + w * S::tile;
+                {
+                    const uint32_t a = dsa__cu_desc(base), b = dsa__cu_desc(tile);
+#pragma unroll
+                    for (int k = 0; k < DIM / 16; k++) {
+                        const int at = ((k >> 2) * DSA__CU_CHUNK + (k & 3) * 32) >> 4;
+                        if (k % 16 == 0) {
+                            if (DSA__CU_PARTS && k > 0) { dsa__cu_wgmma_commit(); dsa__cu_wgmma_wait<0>(); }
+                            if (DSA__CU_PARTS || k == 0) {
+                                dsa__cu_bar_wait(full + 24 * w + k / 2, i & 1);
+                                if (!DSA__CU_PARTS) dsa__cu_bar_wait(full + 24 * w + 8, i & 1);
+                                if (!DSA__CU_PARTS && ROPE) dsa__cu_bar_wait(full + 24 * w + 16, i & 1);
+                                dsa__cu_proxy_fence();
+                                dsa__cu_wgmma_fence();
+                            }
+                        }
+                        if (!(DSA__CU_ABLATE & 8) || k < 4) dsa__cu_wgmma_ss(s, a + at, b + at, k > 0);
+                    }
+                    dsa__cu_wgmma_commit();
+                    dsa__cu_wgmma_wait<0>();
+                }
+                const uint64_t bits = *(volatile uint64_t *)(valid + 4 * w) >> (2 * (lane & 3));
+#pragma unroll
+                for (int j = 0; j < 32; j++) s[j] *= scale;
+                if (*(volatile uint64_t *)(valid + 4 * w) != ~(uint64_t)0) {
+#pragma unroll
+                    for (int j = 0; j < 32; j++) if (!(bits >> (8 * (j >> 2) + (j & 1)) & 1)) s[j] = -INFINITY;
+                }
+#pragma unroll
+                for (int j = 0; j < 32; j += 4) {
+                    m0 = fmaxf(m0, fmaxf(s[j], s[j + 1]));
+                    m1 = fmaxf(m1, fmaxf(s[j + 2], s[j + 3]));
+                }
+                m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 1)); m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 2));
+                m1 = fmaxf(m1, __shfl_xor_sync(~0u, m1, 1)); m1 = fmaxf(m1, __shfl_xor_sync(~0u, m1, 2));
+                const float z0 = m0 == -INFINITY ? 0.0f : m0, z1 = m1 == -INFINITY ? 0.0f : m1;
+                const uint32_t mine = tile + 8 * DSA__CU_CHUNK + (tid & 127) * 16;
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    uint32_t p[4];
+#pragma unroll
+                    for (int t = 0; t < 2; t++) {
+                        const float *x = s + 8 * k + 4 * t;
+                        float a0 = dsa__cu_exp2(x[0] - z0), a1 = dsa__cu_exp2(x[1] - z0), b0 = dsa__cu_exp2(x[2] - z1), b1 = dsa__cu_exp2(x[3] - z1);
+                        l0 += a0 + a1;
+                        l1 += b0 + b1;
+                        p[2 * t] = dsa__cu_pack(a0, a1);
+                        p[2 * t + 1] = dsa__cu_pack(b0, b1);
+                    }
+                    dsa__cu_store16(mine + k * 2048, make_uint4(p[0], p[1], p[2], p[3]));
+                }
+                l0 += __shfl_xor_sync(~0u, l0, 1); l0 += __shfl_xor_sync(~0u, l0, 2);
+                l1 += __shfl_xor_sync(~0u, l1, 1); l1 += __shfl_xor_sync(~0u, l1, 2);
+                dsa__cu_store16(base + S::stats + w * 2048 + (tid & 127) * 16,
+                                make_uint4(__float_as_uint(m0), __float_as_uint(m1), __float_as_uint(l0), __float_as_uint(l1)));
+                __syncwarp();
+                if (lane == 0) dsa__cu_bar_arrive(given + 8 * w);
+            }
+#pragma unroll
+            for (int e = 0; e < 2; e++) if (2 * i + e < n) {                /* both leaves, in order */
+                const uint32_t tile = kv + e * S::tile, from = tile + 8 * DSA__CU_CHUNK + (tid & 127) * 16;
+                uint32_t p[4][4];
+                float a0 = 0.0f, a1 = 0.0f, b0 = 0.0f, b1 = 0.0f, y[DSA__CU_AHEAD + 1][DSA__CU_N / 2];
+                if (e != w) {
+                    dsa__cu_bar_wait(given + 8 * e, i & 1);
+                    dsa__cu_proxy_fence();
+                }
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    uint4 v = dsa__cu_read16(from + k * 2048);
+                    p[k][0] = v.x; p[k][1] = v.y; p[k][2] = v.z; p[k][3] = v.w;
+                }
+                const uint4 st = dsa__cu_read16(base + S::stats + e * 2048 + (tid & 127) * 16);
+                const int64_t at = SPLIT ? ((int64_t)row * A.n_leaves + first + 2 * i + e) * A.n_heads + head : 0;
+                if (SPLIT) {
+                    if (w == 0 && (lane & 3) == 0) {
+                        if (head < A.n_heads)     *(float2 *)(A.stats + 2 * at)       = make_float2(__uint_as_float(st.x), __uint_as_float(st.z));
+                        if (head + 8 < A.n_heads) *(float2 *)(A.stats + 2 * (at + 8)) = make_float2(__uint_as_float(st.y), __uint_as_float(st.w));
+                    }
+                } else {
+                    dsa__cu_fold(M0, L0, __uint_as_float(st.x), __uint_as_float(st.z), a0, b0);
+                    dsa__cu_fold(M1, L1, __uint_as_float(st.y), __uint_as_float(st.w), a1, b1);
+                }
+                const uint32_t v = dsa__cu_desc(tile + w * 4 * DSA__CU_CHUNK);
+                const bool same = __all_sync(~0u, a0 == 1.0f && a1 == 1.0f);
+                dsa__cu_wgmma_fence();
+#pragma unroll
+                for (int c = 0; c < 256 / DSA__CU_N + DSA__CU_AHEAD; c++) { /* DSA__CU_N columns at a time, AHEAD products ahead of the fold */
+                    constexpr int N = DSA__CU_N, AHEAD = DSA__CU_AHEAD, LAST = 256 / N;
+                    if (c < LAST) {
+                        dsa__cu_wgmma_fence();
+#pragma unroll
+                        for (int k = 0; k < (DSA__CU_ABLATE & 4 ? 1 : 4); k++)
+                            dsa__cu_wgmma_rs(y[c % (AHEAD + 1)], p[k], v + ((c * N / 64 * DSA__CU_CHUNK + c * N % 64 * 2 + k * 2048) >> 4), k > 0);
+                        dsa__cu_wgmma_commit();
+                    }
+                    if (c < AHEAD) continue;
+                    if (c < LAST) dsa__cu_wgmma_wait<AHEAD>(); else dsa__cu_wgmma_wait<0>();
+                    const int d = c - AHEAD;
+                    if (d == LAST - 1) {
+                        __syncwarp();
+                        if (lane == 0) dsa__cu_bar_arrive(empty + 16 * e + 8 * w);
+                    }
+                    float *o = O[d * N / 64] + d * N % 64 / 2, *x = y[d % (AHEAD + 1)];
+                    if (SPLIT) {
+                        float *to = A.parts + at * 512 + w * 256 + d * N + 2 * (lane & 3);
+#pragma unroll
+                        for (int j = 0; j < N / 8; j++) {
+                            if (head < A.n_heads)     *(float2 *)(to + 8 * j)           = make_float2(x[4 * j], x[4 * j + 1]);
+                            if (head + 8 < A.n_heads) *(float2 *)(to + 8 * j + 8 * 512) = make_float2(x[4 * j + 2], x[4 * j + 3]);
+                        }
+                    } else {
+                        if (!same) {
+#pragma unroll
+                            for (int j = 0; j < N / 2; j++) o[j] = __fmul_rn(j & 2 ? a1 : a0, o[j]);
+                        }
+#pragma unroll
+                        for (int j = 0; j < (DSA__CU_ABLATE & 2 ? 1 : N / 2); j++) o[j] = __fmaf_rn(j & 2 ? b1 : b0, x[j], o[j]);
+                    }
+                }
+            }
+        }
+        if (SPLIT) return;
+        dsa__cu_attend_end<S::kv>(A, O, M0, M1, L0, L1, row, group, w);
+    }
+}
+
+/* ---- the same with leaves of 128: both warpgroups in step ------------------------------------------------ */
+/* A leaf is two tiles of 64 rows. Warpgroup w scores tile w; both agree on the leaf's maximum, swap weights, and multiply all 128 keys'
+   weights with their half of the columns, 64 columns at a time, 8 products a fold. A chunk (64 columns of both tiles) goes back to the
+   producer as soon as it is multiplied, and scores take chunks in the order in which they come back: 0 4 1 5 2 6 3 7, then rope. */
+struct dsa__cu_pair_smem {
+    static constexpr int q = 0, tile = 9 * DSA__CU_CHUNK, kv = tile, swap = 3 * tile, bars = swap + 4 * 128 * 8, valid = bars + 128, bytes = valid + 16;
+};
+
+template <int ROPE>
+static __device__ __forceinline__ void dsa__cu_produce_pair_bf16(const dsa__cu_attend &A, const dsa__cu_entries &E, int first, int last,
+                                                                 uint32_t kv, uint32_t full, uint32_t empty, unsigned short *valid)
+{
+    const int lane = threadIdx.x & 31, p = (threadIdx.x >> 5) & 3, sub = lane >> 3, unit = lane & 7;
+    const uint32_t to = kv + (16 * p + sub) * 128;
+    const uint32_t even = to + ((unit ^ sub) << 4), odd = to + 512 + ((unit ^ (sub + 4)) << 4);           /* rows 4 j + sub, modulo 8 */
+    int32_t next[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) next[j] = dsa__cu_entry(E, first * 128 + (j >> 2) * 64 + 16 * p + 4 * (j & 3) + sub);
+    for (int i = 0; i < last - first; i++) {
+        const unsigned char *from[8];
+        uint32_t bits[2] = { 0, 0 }, on = 0;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            from[j] = dsa__cu_row(A, E, next[j]);
+            uint32_t v = __ballot_sync(~0u, from[j] != NULL);
+            bits[j >> 2] |= ((v & 1) | (v >> 7 & 2) | (v >> 14 & 4) | (v >> 21 & 8)) << (4 * (j & 3));
+            on |= (uint32_t)(from[j] != NULL) << j;
+            from[j] = (from[j] ? from[j] : E.data) + unit * 16;
+        }
+#pragma unroll
+        for (int j = 0; j < 8; j++) next[j] = dsa__cu_entry(E, (first + i + 1) * 128 + (j >> 2) * 64 + 16 * p + 4 * (j & 3) + sub);
+#pragma unroll
+        for (int g = 0; g < 4; g++) {
+#pragma unroll
+            for (int x = 0; x < (g == 0 && ROPE ? 3 : 2); x++) {
+                const int c = x == 2 ? 8 : g + 4 * x;
+                if (i > 0) dsa__cu_bar_wait(empty + 8 * c, (i + 1) & 1);
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+                    dsa__cu_copy16((j & 1 ? odd : even) + (j >> 2) * dsa__cu_pair_smem::tile + c * DSA__CU_CHUNK + (j & 2) * 512, from[j] + c * 128, on >> j & 1);
+            }
+            if (g == 0) {
+                if (!ROPE && i > 0) dsa__cu_bar_wait(empty + 64, (i + 1) & 1);
+                if (lane == 0) {
+                    valid[p] = (unsigned short)bits[0];
+                    valid[4 + p] = (unsigned short)bits[1];
+                    dsa__cu_bar_arrive(full);
+                }
+            }
+            dsa__cu_bar_arrive_copies(full + 8 * g);
+        }
+    }
+}
+
+template <int ROPE>
+static __device__ __forceinline__ void dsa__cu_produce_pair_fp8(const dsa__cu_attend &A, const dsa__cu_entries &E, int first, int last,
+                                                                uint32_t kv, uint32_t full, uint32_t empty, unsigned short *valid)
+{
+    const int lane = threadIdx.x & 31, p = (threadIdx.x >> 5) & 3, sub = lane >> 2, u = lane & 3, n = last - first;
+    const uint32_t to = kv + (16 * p + sub) * 128, to0 = to + (((2 * u) ^ sub) << 4), to1 = to + (((2 * u + 1) ^ sub) << 4);
+    uint4 v[8], scale[4];
+    const unsigned char *row[4];                         /* slot s: row 16 p + 8 (s % 2) + sub of tile s / 2 */
+    int32_t next[4];
+    if (n <= 0) return;
+#pragma unroll
+    for (int s = 0; s < 4; s++) row[s] = dsa__cu_row(A, E, dsa__cu_entry(E, first * 128 + (s >> 1) * 64 + 16 * p + 8 * (s & 1) + sub));
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+        next[s] = dsa__cu_entry(E, (first + 1) * 128 + (s >> 1) * 64 + 16 * p + 8 * (s & 1) + sub);
+        dsa__cu_prefetch_fp8(row[s], u);
+    }
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+#pragma unroll
+        for (int x = 0; x < 2; x++) v[2 * s + x] = dsa__cu_load16(row[s] + 256 * x + 16 * u, row[s] != NULL);
+        scale[s] = dsa__cu_load16(row[s] + 512, row[s] != NULL);
+    }
+    for (int i = 0; i < n; i++) {
+        uint32_t bits[2] = { 0, 0 };
+#pragma unroll
+        for (int s = 0; s < 4; s++) {
+            uint32_t ball = __ballot_sync(~0u, row[s] != NULL && u == 0);
+#pragma unroll
+            for (int j = 0; j < 8; j++) bits[s >> 1] |= (ball >> (4 * j) & 1) << (8 * (s & 1) + j);
+        }
+        if (i > 0) dsa__cu_bar_wait(empty + 64, (i + 1) & 1);
+        if (ROPE) {
+#pragma unroll
+            for (int s = 0; s < 4; s++) {
+                const unsigned char *from = row[s] ? row[s] + 528 + 32 * u : E.data;
+                const int at = (s >> 1) * dsa__cu_pair_smem::tile + 8 * DSA__CU_CHUNK + (s & 1) * 1024;
+                dsa__cu_copy16(to0 + at, from, row[s] != NULL);
+                dsa__cu_copy16(to1 + at, from + 16, row[s] != NULL);
+            }
+            dsa__cu_bar_arrive_copies(full);
+        }
+        if (lane == 0) { valid[p] = (unsigned short)bits[0]; valid[4 + p] = (unsigned short)bits[1]; }
+#pragma unroll
+        for (int g = 0; g < 4; g++) {
+            if (g == 3) {                                /* what is loaded from here on belongs to the next leaf */
+#pragma unroll
+                for (int s = 0; s < 4; s++) row[s] = i + 1 < n ? dsa__cu_row(A, E, next[s]) : NULL;
+#pragma unroll
+                for (int s = 0; s < 4; s++) {
+                    next[s] = dsa__cu_entry(E, (first + i + 2) * 128 + (s >> 1) * 64 + 16 * p + 8 * (s & 1) + sub);
+                    dsa__cu_prefetch_fp8(row[s], u);
+                }
+            }
+            if (i > 0) {
+                dsa__cu_bar_wait(empty + 8 * g, (i + 1) & 1);
+                dsa__cu_bar_wait(empty + 8 * (g + 4), (i + 1) & 1);
+            }
+#pragma unroll
+            for (int s = 0; s < 4; s++) {
+#pragma unroll
+                for (int x = 0; x < 2; x++) {
+                    const uint4 w = v[2 * s + x];
+                    const float f = __uint_as_float(x ? g < 2 ? scale[s].z : scale[s].w : g < 2 ? scale[s].x : scale[s].y);
+                    const uint2 a0 = dsa__cu_widen4(w.x, f), a1 = dsa__cu_widen4(w.y, f), a2 = dsa__cu_widen4(w.z, f), a3 = dsa__cu_widen4(w.w, f);
+                    const int at = (s >> 1) * dsa__cu_pair_smem::tile + (g + 4 * x) * DSA__CU_CHUNK + (s & 1) * 1024;
+                    v[2 * s + x] = dsa__cu_load16(row[s] + 256 * x + (g + 1) % 4 * 64 + 16 * u, row[s] != NULL);
+                    dsa__cu_store16(to0 + at, make_uint4(a0.x, a0.y, a1.x, a1.y));
+                    dsa__cu_store16(to1 + at, make_uint4(a2.x, a2.y, a3.x, a3.y));
+                }
+                if (g == 3) scale[s] = dsa__cu_load16(row[s] + 512, row[s] != NULL);
+            }
+            dsa__cu_bar_arrive(full + 8 * g);
+        }
+    }
+}
+
+template <int ROPE, bool FP8, bool SPLIT>
+static __global__ void __launch_bounds__(384, 1) dsa__cu_attend_pair(const __grid_constant__ dsa__cu_attend A)
+{
+    using S = dsa__cu_pair_smem;
+    extern __shared__ __align__(1024) unsigned char smem[];
+    const uint32_t base = dsa__cu_smem(smem), kv = base + S::kv, full = base + S::bars, empty = full + 32;
+    unsigned short *valid = (unsigned short *)(smem + S::valid);            /* [2] x 64 bits */
+    const int tid = threadIdx.x, lane = tid & 31, w = __shfl_sync(~0u, tid >> 7, 0);
+    const int n_groups = (A.n_heads + 63) / 64;
+    int unit = blockIdx.x;
+    const int group = unit % n_groups;
+    unit /= n_groups;
+    const int chunk = unit % A.n_chunks, row = unit / A.n_chunks;
+
+    if (tid == 0) {
+        for (int i = 0; i < 4; i++) dsa__cu_bar_init(full + 8 * i, i ? 128 : FP8 ? ROPE ? 256 : 128 : 132);
+        for (int i = 0; i < 9; i++) dsa__cu_bar_init(empty + 8 * i, i < 8 ? 4 : 8);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    dsa__cu_wait_launch();
+    if (SPLIT) dsa__cu_let_launch();
+    const dsa__cu_entries E = dsa__cu_entries_of(A, row);
+    const int n_leaves = (E.count + 127) / 128;
+    const int first = SPLIT ? min(chunk * A.leaves_per_chunk, n_leaves) : 0;
+    const int last = SPLIT ? min(first + A.leaves_per_chunk, n_leaves) : n_leaves;
+    const int n = last - first;
+
+    if (w == 2) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(FP8 ? 104 : 88));
+        if (FP8) dsa__cu_produce_pair_fp8<ROPE>(A, E, first, last, kv, full, empty, valid);
+        else     dsa__cu_produce_pair_bf16<ROPE>(A, E, first, last, kv, full, empty, valid);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(FP8 ? 200 : 208));
+        constexpr int DIM = 512 + ROPE;
+        const float scale = A.scale * DSA__CU_LOG2E;
+        const int head = group * 64 + 16 * ((tid >> 5) & 3) + (lane >> 2), me = tid & 127;                 /* and head + 8 */
+        {
+            const __nv_bfloat16 *q = A.q16 + ((int64_t)row * A.n_heads + group * 64) * DIM;
+            for (int i = tid; i < 64 * DIM / 8; i += 256) {
+                int r = i / (DIM / 8), u = i % (DIM / 8), on = group * 64 + r < A.n_heads;
+                dsa__cu_copy16(base + (u >> 3) * DSA__CU_CHUNK + r * 128 + (((u & 7) ^ (r & 7)) << 4), on ? q + (int64_t)r * DIM + u * 8 : A.q16, on);
+            }
+            dsa__cu_copy_commit();
+            dsa__cu_copy_wait<0>();
+            dsa__cu_proxy_fence();
+            dsa__cu_bar(1, 256);
+        }
+        float O[4][32], M0 = -INFINITY, M1 = -INFINITY, L0 = 0.0f, L1 = 0.0f;
+        const uint32_t qd = dsa__cu_desc(base), kd = dsa__cu_desc(kv + w * S::tile), vd = dsa__cu_desc(kv + w * 4 * DSA__CU_CHUNK);
+        const uint32_t swap = base + S::swap + me * 8, p_mine = kv + w * S::tile + 8 * DSA__CU_CHUNK + me * 16;
+        const uint32_t p_other = kv + (1 - w) * S::tile + 8 * DSA__CU_CHUNK + me * 16;
+#pragma unroll
+        for (int c = 0; c < 4; c++)
+#pragma unroll
+            for (int j = 0; j < 32; j++) O[c][j] = 0.0f;
+
+        for (int i = 0; i < n; i++) {
+            float m0 = -INFINITY, m1 = -INFINITY, l0 = 0.0f, l1 = 0.0f, a0 = 0.0f, a1 = 0.0f, b0 = 0.0f, b1 = 0.0f;
+            uint32_t p[8][4];                                               /* weights of both tiles, tile 0 first */
+            {
+                float s[32];
+#pragma unroll
+                for (int k = 0; k < DIM / 16; k++) {
+                    const int c = k < 32 ? (k >> 3) + (k & 4) : 8, at = (c * DSA__CU_CHUNK + (k & 3) * 32) >> 4;
+                    if (k % 8 == 0 && k < 32) {
+                        dsa__cu_bar_wait(full + k, i & 1);
+                        dsa__cu_proxy_fence();
+                        dsa__cu_wgmma_fence();
+                    }
+                    dsa__cu_wgmma_ss(s, qd + at, kd + at, k > 0);
+                    if (k % 8 == 7 || k == DIM / 16 - 1) dsa__cu_wgmma_commit();
+                }
+                dsa__cu_wgmma_wait<0>();
+                const uint64_t all = *(volatile uint64_t *)(valid + 4 * w), bits = all >> (2 * (lane & 3));
+#pragma unroll
+                for (int j = 0; j < 32; j++) s[j] *= scale;
+                if (all != ~(uint64_t)0) {
+#pragma unroll
+                    for (int j = 0; j < 32; j++) if (!(bits >> (8 * (j >> 2) + (j & 1)) & 1)) s[j] = -INFINITY;
+                }
+#pragma unroll
+                for (int j = 0; j < 32; j += 4) {
+                    m0 = fmaxf(m0, fmaxf(s[j], s[j + 1]));
+                    m1 = fmaxf(m1, fmaxf(s[j + 2], s[j + 3]));
+                }
+                m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 1)); m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 2));
+                m1 = fmaxf(m1, __shfl_xor_sync(~0u, m1, 1)); m1 = fmaxf(m1, __shfl_xor_sync(~0u, m1, 2));
+                dsa__cu_store8(swap + w * 1024, m0, m1);
+                dsa__cu_bar(1, 256);
+                const float2 o = dsa__cu_read8(swap + (1 - w) * 1024);
+                m0 = fmaxf(m0, o.x);
+                m1 = fmaxf(m1, o.y);
+                const float z0 = m0 == -INFINITY ? 0.0f : m0, z1 = m1 == -INFINITY ? 0.0f : m1;
+                uint32_t mine[4][4];
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+#pragma unroll
+                    for (int t = 0; t < 2; t++) {
+                        const float *x = s + 8 * k + 4 * t;
+                        float e0 = dsa__cu_exp2(x[0] - z0), e1 = dsa__cu_exp2(x[1] - z0), f0 = dsa__cu_exp2(x[2] - z1), f1 = dsa__cu_exp2(x[3] - z1);
+                        l0 += e0 + e1;
+                        l1 += f0 + f1;
+                        mine[k][2 * t] = dsa__cu_pack(e0, e1);
+                        mine[k][2 * t + 1] = dsa__cu_pack(f0, f1);
+                    }
+                    dsa__cu_store16(p_mine + k * 2048, make_uint4(mine[k][0], mine[k][1], mine[k][2], mine[k][3]));
+                }
+                l0 += __shfl_xor_sync(~0u, l0, 1); l0 += __shfl_xor_sync(~0u, l0, 2);
+                l1 += __shfl_xor_sync(~0u, l1, 1); l1 += __shfl_xor_sync(~0u, l1, 2);
+                dsa__cu_store8(swap + 2048 + w * 1024, l0, l1);
+                dsa__cu_bar(1, 256);
+                const float2 r = dsa__cu_read8(swap + 2048 + (1 - w) * 1024);
+                l0 = l0 + r.x;                                              /* the same either way round */
+                l1 = l1 + r.y;
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    uint4 v = dsa__cu_read16(p_other + k * 2048);
+                    const uint32_t other[4] = { v.x, v.y, v.z, v.w };
+#pragma unroll
+                    for (int t = 0; t < 4; t++) {
+                        p[k][t] = w ? other[t] : mine[k][t];
+                        p[4 + k][t] = w ? mine[k][t] : other[t];
+                    }
+                }
+                __syncwarp();
+                if (lane == 0) dsa__cu_bar_arrive(empty + 64);
+            }
+            const int64_t at = SPLIT ? ((int64_t)row * A.n_leaves + first + i) * A.n_heads + head : 0;
+            if (SPLIT) {
+                if (w == 0 && (lane & 3) == 0) {
+                    if (head < A.n_heads)     *(float2 *)(A.stats + 2 * at)       = make_float2(m0, l0);
+                    if (head + 8 < A.n_heads) *(float2 *)(A.stats + 2 * (at + 8)) = make_float2(m1, l1);
+                }
+            } else {
+                dsa__cu_fold(M0, L0, m0, l0, a0, b0);
+                dsa__cu_fold(M1, L1, m1, l1, a1, b1);
+            }
+            const bool same = __all_sync(~0u, a0 == 1.0f && a1 == 1.0f);
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                float x[32], *o = O[c];
+                dsa__cu_wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < 8; k++) dsa__cu_wgmma_rs(x, p[k], vd + (((k >> 2) * S::tile + c * DSA__CU_CHUNK + (k & 3) * 2048) >> 4), k > 0);
+                dsa__cu_wgmma_commit();
+                dsa__cu_wgmma_wait<0>();
+                __syncwarp();
+                if (lane == 0) dsa__cu_bar_arrive(empty + 8 * (4 * w + c));
+                if (SPLIT) {
+                    float *to = A.parts + at * 512 + w * 256 + c * 64 + 2 * (lane & 3);
+#pragma unroll
+                    for (int j = 0; j < 8; j++) {
+                        if (head < A.n_heads)     *(float2 *)(to + 8 * j)           = make_float2(x[4 * j], x[4 * j + 1]);
+                        if (head + 8 < A.n_heads) *(float2 *)(to + 8 * j + 8 * 512) = make_float2(x[4 * j + 2], x[4 * j + 3]);
+                    }
+                } else {
+                    if (!same) {
+#pragma unroll
+                        for (int j = 0; j < 32; j++) o[j] = __fmul_rn(j & 2 ? a1 : a0, o[j]);
+                    }
+#pragma unroll
+                    for (int j = 0; j < 32; j++) o[j] = __fmaf_rn(j & 2 ? b1 : b0, x[j], o[j]);
+                }
+            }
+        }
+        if (SPLIT) return;
+        dsa__cu_attend_end<S::kv>(A, O, M0, M1, L0, L1, row, group, w);
+    }
+}
+#else
+template <int ROPE, bool FP8, bool SPLIT>
+static __global__ void dsa__cu_attend_hopper(const __grid_constant__ dsa__cu_attend A) { (void)A; }
+template <int ROPE, bool FP8, bool SPLIT>
+static __global__ void dsa__cu_attend_pair(const __grid_constant__ dsa__cu_attend A) { (void)A; }
+#endif
+
+/* ---- launch ---------------------------------------------------------------------------------------- */
+static int dsa__cu_attend_is_hopper(const dsa__cu *g, const dsa__cu_attend *A)
+{
+    return g->path == DSA_CUDA_HOPPER && A->pool.dim == 512 && (A->pool.dim_rope == 64 || A->pool.dim_rope == 0) && A->dim_v == 512 &&
+           (((uintptr_t)A->pool.data | A->pool.row_stride | A->pool.page_stride | (uintptr_t)A->q16 | (uintptr_t)A->out) & 15) == 0;
+}
+
+static int dsa__cu_attend_leaf(const dsa__cu *g, const dsa__cu_attend *A)
+{
+    return !dsa__cu_attend_is_hopper(g, A) ? DSA__CU_LEAF_PORTABLE : A->pool.format == DSA_BF16 ? 128 : DSA__CU_LEAF_HOPPER;
+}
+
+#define DSA__CU_PARTS_MOST ((size_t)128 << 20)
+
+/* Which calls tensor cores take; dsa__cu_attend_reference takes the others. */
+static int dsa__cu_attend_takes(const dsa__cu *g, const dsa__cu_attend *A)
+{
+    const int64_t R = A->pool.dim, r = A->pool.dim_rope;
+    return g->path != DSA_CUDA_REFERENCE && !A->exact && (A->pool.format == DSA_BF16 || A->pool.format == DSA_FP8) && R % 8 == 0 && r % 8 == 0 &&
+           A->dim_v % 8 == 0 && A->dim_v <= 512 && R + r <= 576 && (((uintptr_t)A->pool.data | A->pool.row_stride | A->pool.page_stride) & 3) == 0 &&
+           A->batch.n_rows * ((A->n_heads + 31) / 32) * (int64_t)(g->n_sm + 1) < INT32_MAX &&
+           (A->pool.format != DSA_FP8 || R + (R + 127) / 128 * 4 + 2 * r <= (R + r <= 320 && A->dim_v <= 256
+                ? dsa__cu_portable_smem<320, true, 1>::raw_row : dsa__cu_portable_smem<576, true, 1>::raw_row));
+}
+
+/* Blocks that share a row's list: fills n_chunks, leaves_per_chunk, n_leaves and returns the bytes of workspace (0: no sharing). Sharing pays
+   while a few rows leave multiprocessors idle and the leaves' outputs (dim_v floats per head and leaf) stay in the L2. */
+static size_t dsa__cu_attend_plan(const dsa__cu *g, dsa__cu_attend *A)
+{
+    const int hopper = dsa__cu_attend_is_hopper(g, A), leaf = dsa__cu_attend_leaf(g, A), per = hopper ? 64 : 32;
+    const int64_t units = (int64_t)A->batch.n_rows * ((A->n_heads + per - 1) / per);
+    int64_t chunks;
+    A->n_leaves = (A->k + leaf - 1) / leaf;
+    chunks = units > 0 ? g->n_sm / units : 1;
+    if (chunks < 4) chunks = 1;
+    if (chunks > A->n_leaves) chunks = A->n_leaves;
+    if (chunks < 1) chunks = 1;
+    A->leaves_per_chunk = chunks > 1 ? (int32_t)((A->n_leaves + chunks - 1) / chunks) : A->n_leaves;
+    A->n_chunks = chunks > 1 ? (A->n_leaves + A->leaves_per_chunk - 1) / A->leaves_per_chunk : 1;
+    if (A->n_chunks <= 1) return 0;
+    chunks = (int64_t)A->batch.n_rows * A->n_leaves * A->n_heads * (A->dim_v + 2) * (int64_t)sizeof(float);
+    if (chunks <= (int64_t)DSA__CU_PARTS_MOST) return (size_t)chunks;
+    A->leaves_per_chunk = A->n_leaves;                   /* a long dense range: its leaves would not stay in the L2 */
+    A->n_chunks = 1;
+    return 0;
+}
+
+template <typename F> static cudaError_t dsa__cu_launch(F f, dim3 grid, int block, size_t smem, cudaStream_t stream, int overlap, void **args)
+{
+    cudaLaunchConfig_t c = {};
+    cudaLaunchAttribute at[1];
+    cudaError_t err = smem > 48 * 1024 ? cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem) : cudaSuccess;
+    if (err != cudaSuccess) return err;
+    c.gridDim = grid; c.blockDim = dim3((unsigned)block); c.dynamicSmemBytes = smem; c.stream = stream;
+    at[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    at[0].val.programmaticStreamSerializationAllowed = overlap;
+    c.attrs = at;
+    c.numAttrs = overlap ? 1 : 0;
+    return cudaLaunchKernelExC(&c, (const void *)f, args);
+}
+
+/* A planned call (dsa__cu_attend_plan has seen it). workspace: as many bytes as the plan said, on 16 bytes. */
+static cudaError_t dsa__cu_attend_run(const dsa__cu *g, const dsa__cu_attend *call, void *workspace, cudaStream_t stream)
+{
+    dsa__cu_attend A = *call;
+    const int hopper = dsa__cu_attend_is_hopper(g, &A), D = A.pool.dim + A.pool.dim_rope, split = A.n_chunks > 1, fp8 = A.pool.format == DSA_FP8;
+    const int per = hopper ? 64 : 32;
+    const int64_t grid = (int64_t)A.batch.n_rows * A.n_chunks * ((A.n_heads + per - 1) / per);
+    void *args[2] = { &A, NULL };
+    cudaError_t err;
+    int leaf = dsa__cu_attend_leaf(g, &A);
+    if (A.batch.n_rows == 0) return cudaSuccess;
+    if (grid > 0x7FFFFFFF || D % 8 || A.dim_v % 8 || A.dim_v > D || D > 576 || A.dim_v > 512) return cudaErrorInvalidValue;
+    A.parts = (float *)workspace;
+    A.stats = split ? A.parts + (size_t)A.batch.n_rows * A.n_leaves * A.n_heads * A.dim_v : NULL;
+    if (hopper) {
+#define DSA__CU_GO(ROPE, F, SP) leaf == 128 \
+        ? dsa__cu_launch(dsa__cu_attend_pair<ROPE, F, SP>, dim3((unsigned)grid), 384, dsa__cu_pair_smem::bytes, stream, 1, args) \
+        : dsa__cu_launch(dsa__cu_attend_hopper<ROPE, F, SP>, dim3((unsigned)grid), 384, dsa__cu_hopper_smem::bytes, stream, 1, args)
+        if (A.pool.dim_rope) err = fp8 ? split ? DSA__CU_GO(64, true, true) : DSA__CU_GO(64, true, false) : split ? DSA__CU_GO(64, false, true) : DSA__CU_GO(64, false, false);
+        else            err = fp8 ? split ? DSA__CU_GO(0, true, true) : DSA__CU_GO(0, true, false) : split ? DSA__CU_GO(0, false, true) : DSA__CU_GO(0, false, false);
+#undef DSA__CU_GO
+    } else {
+#define DSA__CU_GO(DQ, DV, F, SP, STAGES) dsa__cu_launch(dsa__cu_attend_portable<DQ, DV, F, SP, STAGES>, dim3((unsigned)grid), 256, \
+        dsa__cu_portable_smem<DQ, F, STAGES>::bytes, stream, g->capability >= 90, args)
+        const int small = D <= 320 && A.dim_v <= 256, one = !small && (size_t)g->shared < dsa__cu_portable_smem<576, false, 2>::bytes;
+        if (fp8 && A.pool.dim + (A.pool.dim + 127) / 128 * 4 + 2 * A.pool.dim_rope > (small ? dsa__cu_portable_smem<320, true, 1>::raw_row : dsa__cu_portable_smem<576, true, 1>::raw_row))
+            return cudaErrorInvalidValue;
+        if (small)    err = fp8 ? split ? DSA__CU_GO(320, 256, true, true, 1) : DSA__CU_GO(320, 256, true, false, 1)
+                                : split ? DSA__CU_GO(320, 256, false, true, 2) : DSA__CU_GO(320, 256, false, false, 2);
+        else if (fp8) err = split ? DSA__CU_GO(576, 512, true, true, 1) : DSA__CU_GO(576, 512, true, false, 1);
+        else if (one) err = split ? DSA__CU_GO(576, 512, false, true, 1) : DSA__CU_GO(576, 512, false, false, 1);
+        else          err = split ? DSA__CU_GO(576, 512, false, true, 2) : DSA__CU_GO(576, 512, false, false, 2);
+#undef DSA__CU_GO
+    }
+    if (err != cudaSuccess || !split) return err;
+    args[1] = &leaf;
+    return dsa__cu_launch(dsa__cu_attend_merge, dim3((unsigned)(A.batch.n_rows * A.n_heads)), (A.dim_v / 4 + 31) / 32 * 32, (size_t)A.n_leaves * 8, stream, g->capability >= 90, args);
+}
+
 /* ============================================================================================
    >>api                                      arguments, workspace, the device
    ============================================================================================ */
-
-typedef struct dsa__cu {
-    dsa_cuda hooks;                                      /* first: a dsa_cuda is one of these */
-    int32_t device, capability, n_sm;
-    dsa_cuda_path path;
-    cudaStream_t stream;                                 /* of host-level calls */
-    unsigned char *scratch;                              /* their operands, on the device */
-    size_t size;
-    int32_t *staging;                                    /* host [2 DSA__CU_HOST_ROWS + 1] */
-    dsa_allocator host;
-} dsa__cu;
 
 #define DSA__CU_HOST_ROWS 4096                           /* most query rows of a tile of a host-level call */
 #define DSA__CU_SCRATCH ((size_t)256 << 20)
@@ -881,6 +3192,9 @@ typedef struct dsa__cu_score_call {
     int64_t tile;                                        /* rows at a time */
     unsigned char *x;                                    /* prepared queries of a tile, and v */
     float *v;
+    int32_t fast, fast_select;                           /* by tensor cores; by the sampled threshold */
+    dsa__cu_bounds bounds;
+    void *topk;
 } dsa__cu_score_call;
 
 static int64_t dsa__cu_key_bytes(int32_t format) { return format == DSA_F32 ? 4 : format == DSA_BF16 ? 2 : 1; }
@@ -901,43 +3215,106 @@ static dsa__cu_selection dsa__cu_selection_of(const dsa_selection *out)
 
 static int64_t dsa__cu_sort_bytes(const dsa__cu_selection *s) { return s->rank && s->places > DSA__CU_SORT ? 8 * s->places : 0; }
 
-static void dsa__cu_score_plan(dsa__cu_score_call *c, dsa__cu_arena *arena)
+static void dsa__cu_score_plan(const dsa__cu *g, dsa__cu_score_call *c, dsa__cu_arena *arena)
 {
-    int64_t head = c->n_heads * (c->pool.dim * dsa__cu_key_bytes(c->pool.format) + 4), n_rows = c->ranges.batch.n_rows, row = head;
+    int64_t n_rows = c->ranges.batch.n_rows, row = c->n_heads * (c->pool.dim * dsa__cu_key_bytes(c->pool.format) + 4) + 16;
+    c->fast = g->path != DSA_CUDA_REFERENCE && dsa__cu_index_takes(c->pool, c->n_heads);
+    c->fast_select = c->select && g->path != DSA_CUDA_REFERENCE && (!c->sel.rank || (c->sel.scores && c->sel.k <= DSA__CU_TOPK_RANKED));
     if (c->select) {
         c->n_cols = c->ranges.batch.max_len;
         c->stride = (c->n_cols + 31) / 32 * 32;
         row += 4 * c->stride + dsa__cu_sort_bytes(&c->sel);
     }
     c->tile = dsa__cu_bound((int64_t)DSA__CU_BUDGET / row, 1, dsa__cu_min(dsa__cu_max(n_rows, 1), 65535));
+    if (c->tile < n_rows && c->tile > 8) {               /* tiles of about equal size, whole blocks of rows each */
+        int64_t n = (n_rows + c->tile - 1) / c->tile;
+        c->tile = dsa__cu_min(c->tile / 8 * 8, ((n_rows + n - 1) / n + 7) / 8 * 8);
+    }
     c->x = (unsigned char *)dsa__cu_take(arena, c->tile, (int64_t)c->n_heads * c->pool.dim * dsa__cu_key_bytes(c->pool.format), 1);
     c->v = (float *)dsa__cu_take(arena, c->tile, c->n_heads, 4);
+    memset(&c->bounds, 0, sizeof c->bounds);
+    if (c->fast || c->fast_select) {
+        c->bounds.lo = (int32_t *)dsa__cu_take(arena, c->tile, 1, 4);
+        c->bounds.hi = (int32_t *)dsa__cu_take(arena, c->tile, 1, 4);
+        c->bounds.end = (int32_t *)dsa__cu_take(arena, c->tile, 1, 4);
+        c->bounds.seq = (int32_t *)dsa__cu_take(arena, c->ranges.batch.first ? c->tile : 0, 1, 4);
+        if (!c->ranges.batch.first) c->bounds.seq = NULL;
+    }
     if (!c->select) return;
     c->scores = (float *)dsa__cu_take(arena, c->tile, c->stride, 4);
-    c->sel.sort = (uint64_t *)dsa__cu_take(arena, c->tile, dsa__cu_sort_bytes(&c->sel), 1);
+    if (c->fast_select) c->topk = dsa__cu_take(arena, 1, (int64_t)dsa__cu_topk_most(g, c->tile, c->n_cols, c->sel.k), 1);
+    else c->sel.sort = (uint64_t *)dsa__cu_take(arena, c->tile, dsa__cu_sort_bytes(&c->sel), 1);
 }
 
-static dsa_status dsa__cu_score_launch(const dsa__cu_score_call *c, cudaStream_t stream)
+/* Tensor cores' part of a tile: rows [row, row + n) of the call. clear: counters of the selection behind it. */
+static cudaError_t dsa__cu_score_fast(const dsa__cu *g, const dsa__cu_score_call *c, float *I, int64_t row, int64_t n, uint32_t *clear, size_t n_clear,
+                                      cudaStream_t stream)
+{
+    dsa__cu_index_args a;
+    memset(&a, 0, sizeof a);
+    a.q = c->x;
+    a.w = c->v;
+    a.pages = c->pool.data;
+    a.scales = c->pool.scales;
+    a.page_stride = (int64_t)c->pool.page_stride;
+    a.scale_stride = (int64_t)c->pool.scale_page_stride;
+    a.n_pages = c->pool.n_pages;
+    a.page_size = c->pool.page_size;
+    a.table = c->pool.tables;
+    a.table_ld = c->pool.n_blocks;
+    a.table_rows = c->ranges.batch.n_seqs > 1 ? c->ranges.batch.n_q : (int32_t)c->ranges.batch.n_rows;
+    a.first = (int32_t)row;
+    a.seq = c->ranges.batch.n_seqs > 1 ? c->bounds.seq : NULL;
+    if (c->ranges.batch.n_seqs == 1) a.table_rows = INT32_MAX;
+    a.lo = c->bounds.lo;
+    a.hi = c->bounds.end;
+    a.n = (int32_t)c->n_cols;
+    a.rows = (int32_t)n;
+    a.heads = c->n_heads;
+    a.dim = c->pool.dim;
+    a.format = c->pool.format;
+    a.I = I;
+    a.ldi = c->stride;
+    a.clear = clear;
+    a.n_clear = (int32_t)n_clear;
+    return dsa__cu_index_launch(stream, a, g->path == DSA_CUDA_HOPPER, g->n_sm);
+}
+
+static dsa_status dsa__cu_score_launch(const dsa__cu *g, const dsa__cu_score_call *c, cudaStream_t stream)
 {
     const int64_t n_rows = c->ranges.batch.n_rows, width = (int64_t)c->n_heads * c->pool.dim;
-    const int64_t q_bytes = c->q_type == DSA_FP8 ? 1 : c->q_type == DSA_BF16 ? 2 : 4;
+    const int64_t q_bytes = c->q_type == DSA_FP8 ? 1 : c->q_type == DSA_BF16 ? 2 : 4, room = c->pool.n_blocks * c->pool.page_size;
     for (int64_t row = 0; row < n_rows; row += c->tile) {
         const int64_t n = dsa__cu_min(c->tile, n_rows - row), skip = c->select && c->sel.fallback ? c->sel.k : c->select ? 0 : -1;
         float *I = c->scores + (c->select ? 0 : row * c->stride);
         dim3 grid((unsigned)((c->n_cols + DSA__CU_TILE - 1) / DSA__CU_TILE), (unsigned)n);
+        dsa__cu_bounds bounds = c->bounds;
+        dsa__cu_topk_plan plan;
+        cudaError_t err = cudaSuccess;
+        memset(&plan, 0, sizeof plan);
+        bounds.skip = skip;
+        bounds.n_cols = c->fast ? dsa__cu_min(c->n_cols, room) : c->n_cols;      /* behind its table a row has no keys */
         dsa__cu_query<<<(unsigned)(n * c->n_heads), 128, 0, stream>>>(c->pool.format, c->pool.hadamard, c->pool.dim,
-            (const unsigned char *)c->q + row * width * q_bytes, c->q_type, c->w + row * c->n_heads, c->x, c->v);
+            (const unsigned char *)c->q + row * width * q_bytes, c->q_type, c->w + row * c->n_heads, c->x, c->v, c->n_heads, bounds, c->ranges, row);
+        if (c->fast_select) plan = dsa__cu_topk_prepare(g, (int32_t)n, (int32_t)c->n_cols, (int32_t)c->sel.k);
+        if (c->fast && c->n_cols > 0) {
+            if (!c->select) dsa__cu_fill<<<dim3((unsigned)((c->n_cols + 255) / 256), (unsigned)n), 256, 0, stream>>>(I, c->stride, c->n_cols);
+            err = dsa__cu_score_fast(g, c, I, row, n, (uint32_t *)c->topk, plan.count_bytes / 4, stream);
+        } else if (c->n_cols > 0) {
 #define DSA__CU_GO(FORMAT) dsa__cu_score_reference<FORMAT><<<grid, 256, 0, stream>>>(c->pool, c->ranges, c->n_heads, c->x, c->v, I, \
             c->stride, row, c->n_cols, !c->select, skip)
-        if (c->n_cols > 0) {
             if (c->pool.format == DSA_F32) DSA__CU_GO(DSA_F32);
             else if (c->pool.format == DSA_BF16) DSA__CU_GO(DSA_BF16);
             else if (c->pool.format == DSA_FP8) DSA__CU_GO(DSA_FP8);
             else DSA__CU_GO(DSA_INT8);
-        }
 #undef DSA__CU_GO
-        if (c->select) dsa__cu_select_reference<<<(unsigned)n, 1024, 0, stream>>>(c->ranges, I, c->stride, row, c->sel);
-        if (dsa__cu_launched() != DSA_OK) return DSA_ERR_DEVICE;
+        }
+        if (c->fast_select && err == cudaSuccess)
+            err = dsa__cu_topk_launch(stream, g, plan, I, c->stride, c->bounds.lo, c->bounds.hi, (int32_t)n, (int32_t)c->n_cols, (int32_t)c->sel.k, c->sel.rank != 0,
+                                      c->fast && c->n_cols > 0, c->sel.fallback, c->sel.indices + row * c->sel.k, c->sel.scores ? c->sel.scores + row * c->sel.k : NULL,
+                                      c->sel.counts ? c->sel.counts + row : NULL, c->topk);
+        else if (c->select) dsa__cu_select_reference<<<(unsigned)n, 1024, 0, stream>>>(c->ranges, I, c->stride, row, c->sel);
+        if (err != cudaSuccess || dsa__cu_launched() != DSA_OK) return DSA_ERR_DEVICE;
     }
     return DSA_OK;
 }
@@ -949,15 +3326,38 @@ static int64_t dsa__cu_attend_rows(const dsa__cu_attend *a)
                        : dsa__cu_max(dsa__cu_min(a->batch.n_rows, 1 << 20), 1);
 }
 
-static void dsa__cu_attend_plan(dsa__cu_attend *a, dsa__cu_arena *arena)
+/* The scratch of a call. On tensor cores: q in bf16, the leaves that several blocks share, and out as f32 where it goes into a state. */
+static void dsa__cu_attend_place(const dsa__cu *g, dsa__cu_attend *a, dsa__cu_arena *arena, float **parts)
 {
-    if (a->out_bf16) a->acc = (float *)dsa__cu_take(arena, dsa__cu_attend_rows(a), (int64_t)a->n_heads * a->dim_v, 4);
-    else if (a->finish) a->acc = (float *)a->out;
+    const int64_t heads = a->batch.n_rows * a->n_heads;
+    *parts = NULL;
+    a->q16 = NULL;
+    if (!dsa__cu_attend_takes(g, a)) {
+        if (a->out_bf16) a->acc = (float *)dsa__cu_take(arena, dsa__cu_attend_rows(a), (int64_t)a->n_heads * a->dim_v, 4);
+        else if (a->finish) a->acc = (float *)a->out;
+        return;
+    }
+    if (a->q_bf16 && ((uintptr_t)a->q & 15) == 0) a->q16 = (const __nv_bfloat16 *)a->q;
+    else a->q16 = (const __nv_bfloat16 *)dsa__cu_take(arena, heads, a->pool.dim + a->pool.dim_rope, 2);
+    if (!a->finish) {                                    /* a partial, then folded into the state */
+        a->out = dsa__cu_take(arena, heads, a->dim_v, 4);
+        a->lse = (float *)dsa__cu_take(arena, heads, 1, 4);
+        a->max_logit = (float *)dsa__cu_take(arena, heads, 1, 4);
+    }
+    *parts = (float *)dsa__cu_take(arena, 1, (int64_t)dsa__cu_attend_plan(g, a), 1);
 }
 
-static dsa_status dsa__cu_attend_launch(const dsa__cu_attend *call, cudaStream_t stream)
+static dsa_status dsa__cu_attend_launch(const dsa__cu *g, const dsa__cu_attend *call, float *parts, cudaStream_t stream)
 {
-    const int64_t tile = dsa__cu_attend_rows(call), groups = (call->n_heads + 7) / 8;
+    const int64_t tile = dsa__cu_attend_rows(call), groups = (call->n_heads + 7) / 8, heads = call->batch.n_rows * call->n_heads;
+    if (dsa__cu_attend_takes(g, call)) {
+        const int64_t n = heads * (call->pool.dim + call->pool.dim_rope);
+        if ((const void *)call->q16 != call->q)
+            dsa__cu_to_bf16<<<(unsigned)((n + 1023) / 1024), 256, 0, stream>>>(call->q, call->q_bf16, (__nv_bfloat16 *)call->q16, n);
+        if (dsa__cu_attend_run(g, call, parts, stream) != cudaSuccess) return DSA_ERR_DEVICE;
+        if (!call->finish) dsa__cu_fold_state<<<(unsigned)heads, 128, 0, stream>>>(*call);
+        return dsa__cu_launched();
+    }
     for (int64_t row = 0; row < call->batch.n_rows; row += tile) {
         dsa__cu_attend a = *call;
         int64_t n = dsa__cu_min(dsa__cu_min(tile, a.batch.n_rows - row), DSA__CU_MAX_POS / groups);
@@ -1066,7 +3466,7 @@ static dsa_status dsa__cu_score_args(const dsa_ctx *ctx, const dsa_cuda_score_ar
         c->select = 1;
         c->sel = dsa__cu_selection_of(&sel);
     }
-    dsa__cu_score_plan(c, arena);
+    dsa__cu_score_plan(dsa__cu_of(ctx), c, arena);
     return arena->overflow ? dsa__cu_fail(ctx, DSA_ERR_OVERFLOW, "cuda: the workspace does not fit in size_t") : DSA_OK;
 }
 
@@ -1121,7 +3521,7 @@ extern "C" dsa_status dsa_cuda_score(const dsa_ctx *ctx, const dsa_cuda_score_ar
     c.scores = scores;
     c.n_cols = n_cols;
     c.stride = stride;
-    return dsa__cu_refused(ctx, dsa__cu_score_launch(&c, (cudaStream_t)stream));
+    return dsa__cu_refused(ctx, dsa__cu_score_launch(dsa__cu_of(ctx), &c, (cudaStream_t)stream));
 }
 
 extern "C" dsa_status dsa_cuda_score_select(const dsa_ctx *ctx, const dsa_cuda_score_args *a, const dsa_selection *out, void *stream)
@@ -1131,11 +3531,11 @@ extern "C" dsa_status dsa_cuda_score_select(const dsa_ctx *ctx, const dsa_cuda_s
     if (!out) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_score_select: out is NULL");
     st = dsa__cu_score_start(ctx, a, out, &c);
     if (st != DSA_OK || a->batch.n_rows == 0) return st;
-    return dsa__cu_refused(ctx, dsa__cu_score_launch(&c, (cudaStream_t)stream));
+    return dsa__cu_refused(ctx, dsa__cu_score_launch(dsa__cu_of(ctx), &c, (cudaStream_t)stream));
 }
 
 static dsa_status dsa__cu_select_args(const dsa_ctx *ctx, const dsa_cuda_select_args *a, const dsa_selection *out, dsa__cu_arena *arena,
-                                      dsa__cu_selection *sel)
+                                      dsa__cu_selection *sel, dsa__cu_bounds *bounds, void **topk)
 {
     dsa_selection s;
     if (!ctx) return DSA_ERR_NULL;
@@ -1150,7 +3550,16 @@ static dsa_status dsa__cu_select_args(const dsa_ctx *ctx, const dsa_cuda_select_
     if (s.order != DSA_ORDER_INDEX && s.order != DSA_ORDER_RANK) return dsa__cu_fail(ctx, DSA_ERR_ARGUMENT, "dsa_cuda_select: unknown order");
     *sel = dsa__cu_selection_of(&s);
     sel->fallback = 0;                                   /* stored scores are seen: NaN and -inf are left out of short rows, too */
-    sel->sort = (uint64_t *)dsa__cu_take(arena, a->n_rows, dsa__cu_sort_bytes(sel), 1);
+    memset(bounds, 0, sizeof *bounds);
+    *topk = NULL;
+    if (dsa__cu_of(ctx)->path != DSA_CUDA_REFERENCE && (!sel->rank || (sel->scores && sel->k <= DSA__CU_TOPK_RANKED))) {
+        bounds->lo = (int32_t *)dsa__cu_take(arena, a->n_rows, 1, 4);
+        bounds->hi = (int32_t *)dsa__cu_take(arena, a->n_rows, 1, 4);
+        bounds->n_cols = a->n_cols;
+        *topk = dsa__cu_take(arena, 1, 256 + (int64_t)dsa__cu_topk_most(dsa__cu_of(ctx), a->n_rows, a->n_cols, sel->k), 1);
+    } else {
+        sel->sort = (uint64_t *)dsa__cu_take(arena, a->n_rows, dsa__cu_sort_bytes(sel), 1);
+    }
     return arena->overflow ? dsa__cu_fail(ctx, DSA_ERR_OVERFLOW, "cuda: the workspace does not fit in size_t") : DSA_OK;
 }
 
@@ -1158,7 +3567,9 @@ extern "C" dsa_status dsa_cuda_select_workspace(const dsa_ctx *ctx, const dsa_cu
 {
     dsa__cu_arena arena = dsa__cu_over(NULL);
     dsa__cu_selection sel;
-    dsa_status st = dsa__cu_select_args(ctx, a, out, &arena, &sel);
+    dsa__cu_bounds bounds;
+    void *topk;
+    dsa_status st = dsa__cu_select_args(ctx, a, out, &arena, &sel, &bounds, &topk);
     if (st != DSA_OK) return st;
     if (!bytes) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_select: bytes is NULL");
     *bytes = dsa__cu_bytes(&arena);
@@ -1169,24 +3580,34 @@ extern "C" dsa_status dsa_cuda_select(const dsa_ctx *ctx, const dsa_cuda_select_
 {
     dsa__cu_arena arena = dsa__cu_over(NULL);
     dsa__cu_selection sel;
+    dsa__cu_bounds bounds;
+    void *topk;
     dsa__cu_ranges ranges;
-    dsa_status st = dsa__cu_select_args(ctx, a, out, &arena, &sel);
+    dsa_status st = dsa__cu_select_args(ctx, a, out, &arena, &sel, &bounds, &topk);
     if (st == DSA_OK) st = dsa__cu_arena_check(ctx, &arena, a->workspace, a->workspace_size);
     if (st != DSA_OK || a->n_rows == 0) return st;
     if (!out->indices || (a->n_cols > 0 && !a->scores)) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_select: scores or indices is NULL");
     arena = dsa__cu_over(a->workspace);
-    st = dsa__cu_select_args(ctx, a, out, &arena, &sel);
+    st = dsa__cu_select_args(ctx, a, out, &arena, &sel, &bounds, &topk);
     if (st != DSA_OK) return st;
     memset(&ranges, 0, sizeof ranges);
     ranges.batch.max_len = a->n_cols;
     ranges.ks = a->ks;
     ranges.ke = a->ke;
+    if (topk) {
+        const dsa__cu *g = dsa__cu_of(ctx);
+        dsa__cu_topk_plan plan = dsa__cu_topk_prepare(g, (int32_t)a->n_rows, (int32_t)a->n_cols, (int32_t)sel.k);
+        dsa__cu_select_begin<<<(unsigned)((a->n_rows + 255) / 256), 256, 0, (cudaStream_t)stream>>>(ranges, bounds, a->n_rows, (uint32_t *)topk, plan.count_bytes / 4);
+        return dsa__cu_refused(ctx, dsa__cu_topk_launch((cudaStream_t)stream, g, plan, a->scores, a->stride, bounds.lo, bounds.hi, (int32_t)a->n_rows,
+            (int32_t)a->n_cols, (int32_t)sel.k, sel.rank != 0, 0, 0, sel.indices, sel.scores, sel.counts, topk) == cudaSuccess ? DSA_OK : DSA_ERR_DEVICE);
+    }
     dsa__cu_select_reference<<<(unsigned)a->n_rows, 1024, 0, (cudaStream_t)stream>>>(ranges, a->scores, a->stride, 0, sel);
     return dsa__cu_refused(ctx, dsa__cu_launched());
 }
 
-static dsa_status dsa__cu_attend_args(const dsa_ctx *ctx, const dsa_cuda_attend_args *a, dsa__cu_arena *arena, dsa__cu_attend *c)
+static dsa_status dsa__cu_attend_args(const dsa_ctx *ctx, const dsa_cuda_attend_args *a, dsa__cu_arena *arena, dsa__cu_attend *c, float **parts)
 {
+    int64_t n_indices;
     dsa_status st;
     memset(c, 0, sizeof *c);
     if (!ctx) return DSA_ERR_NULL;
@@ -1206,8 +3627,9 @@ static dsa_status dsa__cu_attend_args(const dsa_ctx *ctx, const dsa_cuda_attend_
     c->out_bf16 = a->out_type == DSA_BF16;
     c->exact = a->latent->format == DSA_F32 || ctx->config.precision == DSA_PRECISION_F32;
     c->indices = a->indices;
-    c->n_indices = a->n_indices ? a->n_indices : ctx->config.top_k;
-    c->index_stride = a->index_stride ? a->index_stride : c->n_indices;
+    n_indices = a->n_indices ? a->n_indices : ctx->config.top_k;
+    c->index_stride = a->index_stride ? a->index_stride : n_indices;
+    c->k = (int32_t)(a->what == DSA_ATTEND_LIST ? n_indices : a->batch.max_len);
     c->counts = a->counts;
     c->ks = a->ks;
     c->ke = a->ke;
@@ -1218,14 +3640,14 @@ static dsa_status dsa__cu_attend_args(const dsa_ctx *ctx, const dsa_cuda_attend_
     if (c->n_heads < 1 || c->n_heads > DSA_MAX_DIM || c->dim_v < 1 || c->dim_v > c->pool.dim + c->pool.dim_rope)
         return dsa__cu_fail(ctx, DSA_ERR_SHAPE, "dsa_cuda_attend: n_heads, or dim_v is wider than a cache row");
     if (!(fabsf(c->scale) <= 3.402823466e+38f)) return dsa__cu_fail(ctx, DSA_ERR_ARGUMENT, "dsa_cuda_attend: scale is not finite");
-    if (c->n_indices < 0 || c->index_stride < c->n_indices)
+    if (n_indices < 0 || n_indices > DSA__CU_MAX_POS || c->index_stride < n_indices)
         return dsa__cu_fail(ctx, DSA_ERR_SHAPE, "dsa_cuda_attend: not 0 <= n_indices <= index_stride");
     if (!dsa__cu_is_operand(a->q_type) || !dsa__cu_is_operand(a->out_type))
         return dsa__cu_fail(ctx, DSA_ERR_FORMAT, "dsa_cuda_attend: q_type and out_type are F32 or BF16");
     if ((a->what != DSA_ATTEND_LIST && a->what != DSA_ATTEND_RANGE && a->what != DSA_ATTEND_VISIBLE) ||
         (a->index_kind != DSA_LOGICAL && a->index_kind != DSA_PHYSICAL))
         return dsa__cu_fail(ctx, DSA_ERR_ARGUMENT, "dsa_cuda_attend: unknown what or index_kind");
-    dsa__cu_attend_plan(c, arena);
+    dsa__cu_attend_place(dsa__cu_of(ctx), c, arena, parts);
     return arena->overflow ? dsa__cu_fail(ctx, DSA_ERR_OVERFLOW, "cuda: the workspace does not fit in size_t") : DSA_OK;
 }
 
@@ -1233,7 +3655,8 @@ extern "C" dsa_status dsa_cuda_attend_workspace(const dsa_ctx *ctx, const dsa_cu
 {
     dsa__cu_arena arena = dsa__cu_over(NULL);
     dsa__cu_attend c;
-    dsa_status st = dsa__cu_attend_args(ctx, a, &arena, &c);
+    float *parts;
+    dsa_status st = dsa__cu_attend_args(ctx, a, &arena, &c, &parts);
     if (st != DSA_OK) return st;
     if (!bytes) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_attend: bytes is NULL");
     *bytes = dsa__cu_bytes(&arena);
@@ -1244,15 +3667,16 @@ extern "C" dsa_status dsa_cuda_attend(const dsa_ctx *ctx, const dsa_cuda_attend_
 {
     dsa__cu_arena arena = dsa__cu_over(NULL);
     dsa__cu_attend c;
-    dsa_status st = dsa__cu_attend_args(ctx, a, &arena, &c);
+    float *parts;
+    dsa_status st = dsa__cu_attend_args(ctx, a, &arena, &c, &parts);
     if (st == DSA_OK) st = dsa__cu_arena_check(ctx, &arena, a->workspace, a->workspace_size);
     if (st != DSA_OK || a->batch.n_rows == 0) return st;
     if (!a->q || !a->out) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_attend: q or out is NULL");
     if (a->what == DSA_ATTEND_LIST && !a->indices) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_attend: indices is NULL");
     if (a->what == DSA_ATTEND_RANGE && (!a->ks || !a->ke)) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_attend: ks or ke is NULL");
     arena = dsa__cu_over(a->workspace);
-    st = dsa__cu_attend_args(ctx, a, &arena, &c);
-    return st == DSA_OK ? dsa__cu_refused(ctx, dsa__cu_attend_launch(&c, (cudaStream_t)stream)) : st;
+    st = dsa__cu_attend_args(ctx, a, &arena, &c, &parts);
+    return st == DSA_OK ? dsa__cu_refused(ctx, dsa__cu_attend_launch(dsa__cu_of(ctx), &c, parts, (cudaStream_t)stream)) : st;
 }
 
 extern "C" dsa_status dsa_cuda_merge(const dsa_ctx *ctx, int32_t n_parts, const float *outs, const float *lses, int64_t n_rows, int32_t n_heads,
@@ -1485,7 +3909,7 @@ static dsa__cu_arena dsa__cu_score_lay(const dsa__cu *g, const dsa_ctx *ctx, con
     t->call.q = t->q;
     t->call.w = t->w;
     if (out) t->call.ranges.batch.max_len = longest;     /* columns to keep scores for: no key range ends later */
-    dsa__cu_score_plan(&t->call, &arena);
+    dsa__cu_score_plan(g, &t->call, &arena);
     t->call.ranges.batch.max_len = len;
     return arena;
 }
@@ -1529,7 +3953,7 @@ static dsa_status dsa__cu_host_score(const dsa_ctx *ctx, const dsa_score_args *a
             dsa__cu_up(g, &t, tile.table, c->block_table, (size_t)dsa__cu_blocks(c, len) * 4);
             dsa__cu_up(g, &t, tile.q, a->q + row * width, (size_t)(m * width) * 4);
             dsa__cu_up(g, &t, tile.w, a->w + row * a->n_index_heads, (size_t)(m * a->n_index_heads) * 4);
-            if (t.err == cudaSuccess) st = dsa__cu_score_launch(&tile.call, g->stream);
+            if (t.err == cudaSuccess) st = dsa__cu_score_launch(g, &tile.call, g->stream);
             if (st != DSA_OK || t.err != cudaSuccess) break;
             if (out) {
                 dsa__cu_down(g, &t, out->indices + row * out->top_k, tile.out.indices, (size_t)(m * out->top_k) * 4);
@@ -1544,9 +3968,13 @@ static dsa_status dsa__cu_host_score(const dsa_ctx *ctx, const dsa_score_args *a
     return run ? dsa__cu_leave(g, t, st) : st;
 }
 
-typedef struct dsa__cu_attend_host { int32_t *table, *lens, *ks, *counts, *indices; float *q, *sinks; dsa__cu_attend call; } dsa__cu_attend_host;
+typedef struct dsa__cu_attend_host {
+    int32_t *table, *lens, *ks, *counts, *indices;
+    float *q, *sinks, *parts;
+    dsa__cu_attend call;
+} dsa__cu_attend_host;
 
-static dsa__cu_arena dsa__cu_attend_lay(const dsa__cu *g, const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state, int fused, const dsa_cache *c,
+static dsa__cu_arena dsa__cu_attend_lay(const dsa__cu *g, const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state, int exact, int fused, const dsa_cache *c,
                                         int64_t len, int64_t blocks, int64_t m, const float *sinks, dsa__cu_attend_host *t)
 {
     dsa__cu_arena arena = dsa__cu_over(g->scratch);
@@ -1574,7 +4002,9 @@ static dsa__cu_arena dsa__cu_attend_lay(const dsa__cu *g, const dsa_ctx *ctx, co
     A->ks = list ? NULL : t->ks;
     A->ke = list ? NULL : t->ks + m;
     A->limits = list ? t->ks : NULL;
-    A->n_indices = A->index_stride = a->n_indices;
+    A->index_stride = a->n_indices;
+    A->k = (int32_t)(list ? a->n_indices : len);
+    A->exact = exact;
     A->resume = !fused;
     A->finish = fused;
     A->max = (float *)dsa__cu_take(&arena, m, H, 4);
@@ -1583,7 +4013,7 @@ static dsa__cu_arena dsa__cu_attend_lay(const dsa__cu *g, const dsa_ctx *ctx, co
     A->acc = (float *)dsa__cu_take(&arena, m, H * state->dim_v, 4);
     A->out = A->acc;
     A->sinks = sinks ? t->sinks : NULL;
-    dsa__cu_attend_plan(A, &arena);
+    dsa__cu_attend_place(g, A, &arena, &t->parts);
     return arena;
 }
 
@@ -1605,13 +4035,12 @@ static dsa_status dsa__cu_host_attend(const dsa_ctx *ctx, const dsa_attend_args 
         const int64_t len = dsa__cu_len(seq, c), n_q = dsa__cu_n_q(seq), blocks = dsa__cu_blocks(c, len);
         for (at = 0; at < n_q && st == DSA_OK; at += m, row += m) {
             for (m = run ? dsa__cu_min(n_q - at, DSA__CU_HOST_ROWS) : 1; ; m /= 2) {
-                arena = dsa__cu_attend_lay(g, ctx, a, state, fused, c, len, blocks, m, sinks, &tile);
+                arena = dsa__cu_attend_lay(g, ctx, a, state, exact, fused, c, len, blocks, m, sinks, &tile);
                 if (!arena.overflow && arena.used <= g->size) break;
                 if (m <= 1) { st = DSA_ERR_WORKSPACE; break; }
             }
             if (!run) break;
             if (st != DSA_OK) break;
-            tile.call.exact = exact;
             for (i = 0; i < m; i++) {
                 int64_t visible = dsa__cu_max(len - n_q + at + i + 1, 0), ks = 0, ke = visible;
                 if (a->what == DSA_ATTEND_LIST) ks = fused ? visible : len;          /* the limit of valid positions */
@@ -1638,7 +4067,7 @@ static dsa_status dsa__cu_host_attend(const dsa_ctx *ctx, const dsa_attend_args 
                 dsa__cu_up(g, &t, tile.call.sum, state->sum + row * H, (size_t)(m * H) * 4);
                 dsa__cu_up(g, &t, tile.call.acc, state->out + row * H * dv, (size_t)(m * H * dv) * 4);
             }
-            if (t.err == cudaSuccess) st = dsa__cu_attend_launch(&tile.call, g->stream);
+            if (t.err == cudaSuccess) st = dsa__cu_attend_launch(g, &tile.call, tile.parts, g->stream);
             if (st != DSA_OK) break;
             dsa__cu_down(g, &t, state->out + row * H * dv, tile.call.acc, (size_t)(m * H * dv) * 4);
             if (!fused) {
@@ -1692,7 +4121,7 @@ extern "C" dsa_status dsa_cuda_create(const dsa_cuda_desc *desc, dsa_cuda **cuda
     dsa_cuda_desc d;
     dsa__cu *g;
     cudaFuncAttributes code;
-    int n = 0, major = 0, minor = 0, sms = 0;
+    int n = 0, major = 0, minor = 0, sms = 0, shared = 0;
     memset(&d, 0, sizeof d);
     if (desc) d = *desc;
     if (!cuda || (d.allocator.alloc == NULL) != (d.allocator.release == NULL)) return DSA_ERR_NULL;
@@ -1701,6 +4130,7 @@ extern "C" dsa_status dsa_cuda_create(const dsa_cuda_desc *desc, dsa_cuda **cuda
     if (cudaGetDeviceCount(&n) != cudaSuccess || d.device >= n ||
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, d.device) != cudaSuccess ||
         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, d.device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, d.device) != cudaSuccess ||
         cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, d.device) != cudaSuccess) {
         (void)cudaGetLastError();                        /* no driver, say: nothing that the program's own CUDA calls should find */
         return DSA_ERR_NO_DEVICE;
@@ -1714,7 +4144,8 @@ extern "C" dsa_status dsa_cuda_create(const dsa_cuda_desc *desc, dsa_cuda **cuda
     g->device = d.device;
     g->capability = 10 * major + minor;
     g->n_sm = sms;
-    g->path = d.path != DSA_CUDA_AUTO ? d.path : DSA_CUDA_REFERENCE;
+    g->shared = shared;
+    g->path = d.path != DSA_CUDA_AUTO ? d.path : major == 9 ? DSA_CUDA_HOPPER : DSA_CUDA_PORTABLE;
     g->size = d.scratch ? d.scratch : DSA__CU_SCRATCH;
     g->hooks.allocator.alloc = dsa__cu_alloc;
     g->hooks.allocator.release = dsa__cu_release;
@@ -1726,6 +4157,8 @@ extern "C" dsa_status dsa_cuda_create(const dsa_cuda_desc *desc, dsa_cuda **cuda
     {
         dsa__cu_turn t = dsa__cu_enter(g);
         if (t.err == cudaSuccess) t.err = cudaFuncGetAttributes(&code, dsa__cu_attend_reference);   /* is there code for this device? */
+        if (t.err == cudaSuccess) t.err = dsa__cu_index_init(major == 9);
+        if (t.err == cudaSuccess) t.err = dsa__cu_topk_init(g);
         if (t.err == cudaSuccess) t.err = cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking);
         (void)cudaGetLastError();
         if (t.before != g->device) (void)cudaSetDevice(t.before);

@@ -32,7 +32,7 @@ TEST_OBJECTS = build/impl.o build/main.o build/test_numeric.o build/test_select.
 	build/test_errors.o build/test_golden.o build/test_backward.o
 TEST_HEADERS = dsa.h tests/harness.h tests/brute.h tests/fixture.h tests/ref_layer.h examples/safetensors.h
 TOOL_HEADERS = dsa.h tools/engine.h tools/needle.h tools/blis.h tools/conformance_kernels.h tools/conformance_model.h \
-	tools/conformance_report.h tools/bench.h tools/bench_data.h examples/safetensors.h
+	tools/conformance_report.h tools/bench.h tools/bench_data.h tools/device.h tools/bench_cuda.h examples/safetensors.h
 
 help:
 	@echo 'make tools        build/conformance build/generate build/needle build/demo build/bench'

@@ -277,13 +277,16 @@ static __device__ __forceinline__ float dsa__cu_round_row(int32_t format, int32_
    >>append                                   rows into the caches
    ============================================================================================ */
 
-/* One block per row. slots: physical places; NULL: the last positions below each sequence's length. */
-static __global__ void __launch_bounds__(128) dsa__cu_append_row(dsa__cu_pool p, dsa__cu_batch b, int32_t index_key, const void *rows, int32_t bf16,
-                                                                  const int64_t *slots)
+/* Rows for one cache. slots: physical places; NULL: the last positions below each sequence's length. */
+typedef struct dsa__cu_append { dsa__cu_pool pool; const void *rows; const int64_t *slots; int32_t index_key, bf16; int64_t n; } dsa__cu_append;
+
+/* One block stores one row. x [DSA_MAX_DIM_INDEX], shared [32]. */
+static __device__ __forceinline__ void dsa__cu_append_row(const dsa__cu_append &a, const dsa__cu_batch &b, int64_t row, float *x, uint32_t *shared)
 {
-    __shared__ float x[DSA_MAX_DIM_INDEX];
-    __shared__ uint32_t shared[32];
-    const int64_t row = blockIdx.x, width = (int64_t)p.dim + p.dim_rope;
+    const dsa__cu_pool &p = a.pool;
+    const void *rows = a.rows;
+    const int64_t *slots = a.slots, width = (int64_t)p.dim + p.dim_rope;
+    const int32_t bf16 = a.bf16;
     int32_t page, offset, i, g, n;
     int nan;
     unsigned char *y, *scales;
@@ -299,7 +302,7 @@ static __global__ void __launch_bounds__(128) dsa__cu_append_row(dsa__cu_pool p,
         if (page < 0) return;
     }
     y = dsa__cu_in(p, page, offset);
-    if (index_key) {
+    if (a.index_key) {
         for (i = (int32_t)threadIdx.x; i < p.dim; i += (int32_t)blockDim.x) x[i] = dsa__cu_operand(rows, bf16, row * width + i);
         __syncthreads();
         s = dsa__cu_round_row(p.format, p.hadamard, p.dim, x, y, shared);
@@ -384,27 +387,52 @@ static __device__ __forceinline__ void dsa__cu_bound_row(const dsa__cu_bounds &b
     if (b.seq) b.seq[row] = seq;
 }
 
-/* Heads of the indexer in the form of the key format: x [n_rows, HI, D] in its elements, v [n_rows, HI] = w times the head's scale. One
-   block per head of a row. q_type FP8: prepared already, only copied. */
-static __global__ void __launch_bounds__(128) dsa__cu_query(int32_t format, int32_t hadamard, int32_t D, const void *q, int32_t q_type, const float *w,
-                                                            unsigned char *x, float *v, int32_t n_heads, dsa__cu_bounds bounds,
-                                                            dsa__cu_ranges ranges, int64_t row0)
+/* Heads of the indexer in the form of the key format: x [n_rows, HI, D] in its elements, v [n_rows, HI] = w times the head's scale.
+   q_type FP8: prepared already, only copied. With them, what the faster kernels want to know of the rows. */
+typedef struct dsa__cu_queries {
+    int32_t format, hadamard, D, n_heads, q_type;
+    const void *q;
+    const float *w;
+    unsigned char *x;
+    float *v;
+    dsa__cu_bounds bounds;
+    dsa__cu_ranges ranges;
+    int64_t row0, n;                                     /* heads of n / n_heads rows from row0 on */
+} dsa__cu_queries;
+
+static __device__ __forceinline__ void dsa__cu_query_head(const dsa__cu_queries &Q, int64_t at, float *head, uint32_t *shared)
 {
-    __shared__ float head[DSA_MAX_DIM_INDEX];
-    __shared__ uint32_t shared[32];
-    const int64_t at = blockIdx.x;
-    const int32_t bytes = format == DSA_F32 ? 4 : format == DSA_BF16 ? 2 : 1;
+    const int32_t bytes = Q.format == DSA_F32 ? 4 : Q.format == DSA_BF16 ? 2 : 1, D = Q.D;
     float s;
-    if (bounds.lo && at % n_heads == 0 && threadIdx.x == 0) dsa__cu_bound_row(bounds, ranges, row0, at / n_heads);
-    if (q_type == DSA_FP8) {
-        for (int32_t i = (int32_t)threadIdx.x; i < D; i += (int32_t)blockDim.x) x[at * D + i] = ((const unsigned char *)q)[at * D + i];
-        if (threadIdx.x == 0) v[at] = w[at];
+    if (Q.bounds.lo && at % Q.n_heads == 0 && threadIdx.x == 0) dsa__cu_bound_row(Q.bounds, Q.ranges, Q.row0, at / Q.n_heads);
+    if (Q.q_type == DSA_FP8) {
+        for (int32_t i = (int32_t)threadIdx.x; i < D; i += (int32_t)blockDim.x) Q.x[at * D + i] = ((const unsigned char *)Q.q)[at * D + i];
+        if (threadIdx.x == 0) Q.v[at] = Q.w[at];
         return;
     }
-    for (int32_t i = (int32_t)threadIdx.x; i < D; i += (int32_t)blockDim.x) head[i] = dsa__cu_operand(q, q_type == DSA_BF16, at * D + i);
+    for (int32_t i = (int32_t)threadIdx.x; i < D; i += (int32_t)blockDim.x) head[i] = dsa__cu_operand(Q.q, Q.q_type == DSA_BF16, at * D + i);
     __syncthreads();
-    s = dsa__cu_round_row(format, hadamard, D, head, x + at * D * bytes, shared);
-    if (threadIdx.x == 0) v[at] = __fmul_rn(w[at], s);
+    s = dsa__cu_round_row(Q.format, Q.hadamard, D, head, Q.x + at * D * bytes, shared);
+    if (threadIdx.x == 0) Q.v[at] = __fmul_rn(Q.w[at], s);
+}
+
+/* q of attention, f32, in bf16. */
+typedef struct dsa__cu_convert { const float *q; __nv_bfloat16 *to; int64_t n; } dsa__cu_convert;
+
+/* All that comes before scoring, in one launch: a block stores a row, rounds a head, or converts 1024 elements. */
+static __global__ void __launch_bounds__(128) dsa__cu_begin(dsa__cu_batch b, dsa__cu_append latent, dsa__cu_append index, dsa__cu_queries queries,
+                                                            dsa__cu_convert convert)
+{
+    __shared__ float x[DSA_MAX_DIM_INDEX];
+    __shared__ uint32_t shared[32];
+    int64_t at = blockIdx.x;
+    if (at < latent.n) { dsa__cu_append_row(latent, b, at, x, shared); return; }
+    at -= latent.n;
+    if (at < index.n) { dsa__cu_append_row(index, b, at, x, shared); return; }
+    at -= index.n;
+    if (at < queries.n) { dsa__cu_query_head(queries, at, x, shared); return; }
+    at = (at - queries.n) * 1024 + threadIdx.x;
+    for (int i = 0; i < 8 && at < convert.n; i++, at += 128) convert.to[at] = __float2bfloat16_rn(convert.q[at]);
 }
 
 /* Rows of scores begin at -inf where a kernel writes only what is seen. */
@@ -1533,6 +1561,7 @@ typedef struct dsa__cu_attend {
     const int32_t *limits;                               /* optional [n_rows]: a list's valid positions are [0, limit) instead of [0, len) */
     int64_t index_stride;
     int32_t k;                                           /* entries of a list; else at least those of the longest range */
+    int32_t prepared;                                    /* q16 is there: a step */
     int32_t resume, finish;                              /* begin with the state; end with out, lse, max_logit instead of the state */
     float *max, *sum, *acc;                              /* the state [n_rows, n_heads], acc [.., dim_v] from row0 on (out may be acc) */
     int64_t row0;                                        /* the grid begins with this row */
@@ -1930,16 +1959,6 @@ static __global__ void dsa__cu_attend_merge(const __grid_constant__ dsa__cu_atte
     }
     dsa__cu_put2(A, at * A.dim_v + d, O.x * end, O.y * end);
     dsa__cu_put2(A, at * A.dim_v + d + 2, O.z * end, O.w * end);
-}
-
-/* q in bf16, from f32 or from bf16 that is not aligned. */
-static __global__ void __launch_bounds__(256) dsa__cu_to_bf16(const void *x, int32_t bf16, __nv_bfloat16 *y, int64_t n)
-{
-    int64_t i = ((int64_t)blockIdx.x * 256 + threadIdx.x) * 4;
-    if (i + 3 < n && !bf16 && ((uintptr_t)x & 15) == 0) {
-        float4 v = *(const float4 *)((const float *)x + i);
-        *(uint2 *)(y + i) = make_uint2(dsa__cu_pack(v.x, v.y), dsa__cu_pack(v.z, v.w));
-    } else for (int64_t j = i; j < i + 4 && j < n; j++) y[j] = __float2bfloat16_rn(dsa__cu_operand(x, bf16, j));
 }
 
 /* Folds a partial (out, lse, max_logit: natural) into the state. One block per (row, head). */
@@ -3014,7 +3033,7 @@ static int dsa__cu_attend_takes(const dsa__cu *g, const dsa__cu_attend *A)
 {
     const int64_t R = A->pool.dim, r = A->pool.dim_rope;
     return g->path != DSA_CUDA_REFERENCE && !A->exact && (A->pool.format == DSA_BF16 || A->pool.format == DSA_FP8) && R % 8 == 0 && r % 8 == 0 &&
-           A->dim_v % 8 == 0 && A->dim_v <= 512 && R + r <= 576 && (((uintptr_t)A->pool.data | A->pool.row_stride | A->pool.page_stride) & 3) == 0 &&
+           A->dim_v % 8 == 0 && A->dim_v <= 512 && R + r <= 576 && (!A->q_bf16 || ((uintptr_t)A->q & 15) == 0) && (((uintptr_t)A->pool.data | A->pool.row_stride | A->pool.page_stride) & 3) == 0 &&
            A->batch.n_rows * ((A->n_heads + 31) / 32) * (int64_t)(g->n_sm + 1) < INT32_MAX &&
            (A->pool.format != DSA_FP8 || R + (R + 127) / 128 * 4 + 2 * r <= (R + r <= 320 && A->dim_v <= 256
                 ? dsa__cu_portable_smem<320, true, 1>::raw_row : dsa__cu_portable_smem<576, true, 1>::raw_row));
@@ -3178,6 +3197,31 @@ static dsa__cu_pool dsa__cu_pool_of(const dsa_cache *c, const int32_t *tables, i
     return p;
 }
 
+/* Any of its parts may be missing: NULL. */
+static void dsa__cu_begin_launch(const dsa__cu_batch *b, const dsa__cu_append *latent, const dsa__cu_append *index, const dsa__cu_queries *queries,
+                                 const dsa__cu_convert *convert, cudaStream_t stream)
+{
+    dsa__cu_append l, x;
+    dsa__cu_queries q;
+    dsa__cu_convert c;
+    memset(&l, 0, sizeof l);
+    memset(&x, 0, sizeof x);
+    memset(&q, 0, sizeof q);
+    memset(&c, 0, sizeof c);
+    if (latent) l = *latent;
+    if (index) x = *index;
+    if (queries) q = *queries;
+    if (convert) c = *convert;
+    int64_t n = l.n + x.n + q.n + (c.n + 1023) / 1024;
+    if (n > 0) dsa__cu_begin<<<(unsigned)n, 128, 0, stream>>>(*b, l, x, q, c);
+}
+
+static dsa__cu_append dsa__cu_append_of(dsa__cu_pool pool, int32_t index_key, const void *rows, int32_t bf16, const int64_t *slots, int64_t n)
+{
+    dsa__cu_append a = { pool, rows, slots, index_key, bf16, n };
+    return a;
+}
+
 /* ---- scoring and selecting, planned and launched ----------------------------------------------------------- */
 typedef struct dsa__cu_score_call {
     dsa__cu_pool pool;
@@ -3195,6 +3239,7 @@ typedef struct dsa__cu_score_call {
     int32_t fast, fast_select;                           /* by tensor cores; by the sampled threshold */
     dsa__cu_bounds bounds;
     void *topk;
+    int32_t prepared;                                    /* x, v and bounds are there: a step */
 } dsa__cu_score_call;
 
 static int64_t dsa__cu_key_bytes(int32_t format) { return format == DSA_F32 ? 4 : format == DSA_BF16 ? 2 : 1; }
@@ -3280,22 +3325,44 @@ static cudaError_t dsa__cu_score_fast(const dsa__cu *g, const dsa__cu_score_call
     return dsa__cu_index_launch(stream, a, g->path == DSA_CUDA_HOPPER, g->n_sm);
 }
 
+/* The queries of n rows from `row` on. */
+static dsa__cu_queries dsa__cu_queries_of(const dsa__cu_score_call *c, int64_t row, int64_t n)
+{
+    const int64_t bytes = c->q_type == DSA_FP8 ? 1 : c->q_type == DSA_BF16 ? 2 : 4;
+    dsa__cu_queries q;
+    memset(&q, 0, sizeof q);
+    q.format = c->pool.format;
+    q.hadamard = c->pool.hadamard;
+    q.D = c->pool.dim;
+    q.n_heads = c->n_heads;
+    q.q_type = c->q_type;
+    q.q = (const unsigned char *)c->q + row * c->n_heads * c->pool.dim * bytes;
+    q.w = c->w + row * c->n_heads;
+    q.x = c->x;
+    q.v = c->v;
+    q.bounds = c->bounds;
+    q.bounds.skip = !c->select ? -1 : c->sel.fallback ? c->sel.k : 0;
+    q.bounds.n_cols = c->fast ? dsa__cu_min(c->n_cols, c->pool.n_blocks * c->pool.page_size) : c->n_cols;   /* behind its table a row has no keys */
+    q.ranges = c->ranges;
+    q.row0 = row;
+    q.n = n * c->n_heads;
+    return q;
+}
+
 static dsa_status dsa__cu_score_launch(const dsa__cu *g, const dsa__cu_score_call *c, cudaStream_t stream)
 {
-    const int64_t n_rows = c->ranges.batch.n_rows, width = (int64_t)c->n_heads * c->pool.dim;
-    const int64_t q_bytes = c->q_type == DSA_FP8 ? 1 : c->q_type == DSA_BF16 ? 2 : 4, room = c->pool.n_blocks * c->pool.page_size;
+    const int64_t n_rows = c->ranges.batch.n_rows;
     for (int64_t row = 0; row < n_rows; row += c->tile) {
         const int64_t n = dsa__cu_min(c->tile, n_rows - row), skip = c->select && c->sel.fallback ? c->sel.k : c->select ? 0 : -1;
         float *I = c->scores + (c->select ? 0 : row * c->stride);
         dim3 grid((unsigned)((c->n_cols + DSA__CU_TILE - 1) / DSA__CU_TILE), (unsigned)n);
-        dsa__cu_bounds bounds = c->bounds;
         dsa__cu_topk_plan plan;
         cudaError_t err = cudaSuccess;
         memset(&plan, 0, sizeof plan);
-        bounds.skip = skip;
-        bounds.n_cols = c->fast ? dsa__cu_min(c->n_cols, room) : c->n_cols;      /* behind its table a row has no keys */
-        dsa__cu_query<<<(unsigned)(n * c->n_heads), 128, 0, stream>>>(c->pool.format, c->pool.hadamard, c->pool.dim,
-            (const unsigned char *)c->q + row * width * q_bytes, c->q_type, c->w + row * c->n_heads, c->x, c->v, c->n_heads, bounds, c->ranges, row);
+        if (!c->prepared) {
+            dsa__cu_queries queries = dsa__cu_queries_of(c, row, n);
+            dsa__cu_begin_launch(&c->ranges.batch, NULL, NULL, &queries, NULL, stream);
+        }
         if (c->fast_select) plan = dsa__cu_topk_prepare(g, (int32_t)n, (int32_t)c->n_cols, (int32_t)c->sel.k);
         if (c->fast && c->n_cols > 0) {
             if (!c->select) dsa__cu_fill<<<dim3((unsigned)((c->n_cols + 255) / 256), (unsigned)n), 256, 0, stream>>>(I, c->stride, c->n_cols);
@@ -3337,7 +3404,7 @@ static void dsa__cu_attend_place(const dsa__cu *g, dsa__cu_attend *a, dsa__cu_ar
         else if (a->finish) a->acc = (float *)a->out;
         return;
     }
-    if (a->q_bf16 && ((uintptr_t)a->q & 15) == 0) a->q16 = (const __nv_bfloat16 *)a->q;
+    if (a->q_bf16) a->q16 = (const __nv_bfloat16 *)a->q;
     else a->q16 = (const __nv_bfloat16 *)dsa__cu_take(arena, heads, a->pool.dim + a->pool.dim_rope, 2);
     if (!a->finish) {                                    /* a partial, then folded into the state */
         a->out = dsa__cu_take(arena, heads, a->dim_v, 4);
@@ -3347,13 +3414,20 @@ static void dsa__cu_attend_place(const dsa__cu *g, dsa__cu_attend *a, dsa__cu_ar
     *parts = (float *)dsa__cu_take(arena, 1, (int64_t)dsa__cu_attend_plan(g, a), 1);
 }
 
+/* n 0: nothing to convert. */
+static dsa__cu_convert dsa__cu_convert_of(const dsa__cu *g, const dsa__cu_attend *a)
+{
+    dsa__cu_convert c = { (const float *)a->q, (__nv_bfloat16 *)a->q16, a->batch.n_rows * a->n_heads * (a->pool.dim + a->pool.dim_rope) };
+    if (!dsa__cu_attend_takes(g, a) || a->q_bf16) c.n = 0;
+    return c;
+}
+
 static dsa_status dsa__cu_attend_launch(const dsa__cu *g, const dsa__cu_attend *call, float *parts, cudaStream_t stream)
 {
     const int64_t tile = dsa__cu_attend_rows(call), groups = (call->n_heads + 7) / 8, heads = call->batch.n_rows * call->n_heads;
     if (dsa__cu_attend_takes(g, call)) {
-        const int64_t n = heads * (call->pool.dim + call->pool.dim_rope);
-        if ((const void *)call->q16 != call->q)
-            dsa__cu_to_bf16<<<(unsigned)((n + 1023) / 1024), 256, 0, stream>>>(call->q, call->q_bf16, (__nv_bfloat16 *)call->q16, n);
+        dsa__cu_convert convert = dsa__cu_convert_of(g, call);
+        if (!call->prepared) dsa__cu_begin_launch(&call->batch, NULL, NULL, NULL, &convert, stream);
         if (dsa__cu_attend_run(g, call, parts, stream) != cudaSuccess) return DSA_ERR_DEVICE;
         if (!call->finish) dsa__cu_fold_state<<<(unsigned)heads, 128, 0, stream>>>(*call);
         return dsa__cu_launched();
@@ -3413,8 +3487,23 @@ static dsa__cu_batch dsa__cu_batch_of(const dsa_cuda_batch *b)
 
 static int dsa__cu_is_operand(dsa_type t) { return t == DSA_F32 || t == DSA_BF16; }
 
+/* What a checked call stores in either cache; n 0: nothing. */
+static void dsa__cu_appends(const dsa_cuda_append_args *a, dsa__cu_append *latent, dsa__cu_append *index)
+{
+    memset(latent, 0, sizeof *latent);
+    memset(index, 0, sizeof *index);
+    if (a->latent)
+        *latent = dsa__cu_append_of(dsa__cu_pool_of(a->latent, a->latent->block_table, a->latent->n_blocks), 0, a->latent_rows, a->type == DSA_BF16,
+                                    a->slots, a->batch.n_rows);
+    if (a->index)
+        *index = dsa__cu_append_of(dsa__cu_pool_of(a->index, a->index->block_table, a->index->n_blocks), 1, a->index_rows, a->type == DSA_BF16,
+                                   a->slots, a->batch.n_rows);
+}
+
 extern "C" dsa_status dsa_cuda_append(const dsa_ctx *ctx, const dsa_cuda_append_args *a, void *stream)
 {
+    dsa__cu_append latent, index;
+    dsa__cu_batch batch;
     dsa_status st;
     if (!ctx) return DSA_ERR_NULL;
     if (!a) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_append: args is NULL");
@@ -3425,14 +3514,9 @@ extern "C" dsa_status dsa_cuda_append(const dsa_ctx *ctx, const dsa_cuda_append_
     if (!dsa__cu_is_operand(a->type)) return dsa__cu_fail(ctx, DSA_ERR_FORMAT, "dsa_cuda_append: type is F32 or BF16");
     if (a->batch.n_rows == 0) return DSA_OK;
     if ((a->latent && !a->latent_rows) || (a->index && !a->index_rows)) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_append: rows are NULL");
-    if (a->latent)
-        dsa__cu_append_row<<<(unsigned)a->batch.n_rows, 128, 0, (cudaStream_t)stream>>>(
-            dsa__cu_pool_of(a->latent, a->latent->block_table, a->latent->n_blocks), dsa__cu_batch_of(&a->batch), 0, a->latent_rows,
-            a->type == DSA_BF16, a->slots);
-    if (a->index)
-        dsa__cu_append_row<<<(unsigned)a->batch.n_rows, 128, 0, (cudaStream_t)stream>>>(
-            dsa__cu_pool_of(a->index, a->index->block_table, a->index->n_blocks), dsa__cu_batch_of(&a->batch), 1, a->index_rows,
-            a->type == DSA_BF16, a->slots);
+    dsa__cu_appends(a, &latent, &index);
+    batch = dsa__cu_batch_of(&a->batch);
+    dsa__cu_begin_launch(&batch, &latent, &index, NULL, NULL, (cudaStream_t)stream);
     return dsa__cu_launched() == DSA_OK ? DSA_OK : dsa__cu_fail(ctx, DSA_ERR_DEVICE, "dsa_cuda_append: a launch was refused");
 }
 
@@ -3568,7 +3652,7 @@ extern "C" dsa_status dsa_cuda_select_workspace(const dsa_ctx *ctx, const dsa_cu
     dsa__cu_arena arena = dsa__cu_over(NULL);
     dsa__cu_selection sel;
     dsa__cu_bounds bounds;
-    void *topk;
+    void *topk = NULL;
     dsa_status st = dsa__cu_select_args(ctx, a, out, &arena, &sel, &bounds, &topk);
     if (st != DSA_OK) return st;
     if (!bytes) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_select: bytes is NULL");
@@ -3581,7 +3665,7 @@ extern "C" dsa_status dsa_cuda_select(const dsa_ctx *ctx, const dsa_cuda_select_
     dsa__cu_arena arena = dsa__cu_over(NULL);
     dsa__cu_selection sel;
     dsa__cu_bounds bounds;
-    void *topk;
+    void *topk = NULL;
     dsa__cu_ranges ranges;
     dsa_status st = dsa__cu_select_args(ctx, a, out, &arena, &sel, &bounds, &topk);
     if (st == DSA_OK) st = dsa__cu_arena_check(ctx, &arena, a->workspace, a->workspace_size);
@@ -3663,20 +3747,26 @@ extern "C" dsa_status dsa_cuda_attend_workspace(const dsa_ctx *ctx, const dsa_cu
     return DSA_OK;
 }
 
-extern "C" dsa_status dsa_cuda_attend(const dsa_ctx *ctx, const dsa_cuda_attend_args *a, void *stream)
+static dsa_status dsa__cu_attend_start(const dsa_ctx *ctx, const dsa_cuda_attend_args *a, dsa__cu_attend *c, float **parts)
 {
     dsa__cu_arena arena = dsa__cu_over(NULL);
-    dsa__cu_attend c;
-    float *parts;
-    dsa_status st = dsa__cu_attend_args(ctx, a, &arena, &c, &parts);
+    dsa_status st = dsa__cu_attend_args(ctx, a, &arena, c, parts);
     if (st == DSA_OK) st = dsa__cu_arena_check(ctx, &arena, a->workspace, a->workspace_size);
     if (st != DSA_OK || a->batch.n_rows == 0) return st;
     if (!a->q || !a->out) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_attend: q or out is NULL");
     if (a->what == DSA_ATTEND_LIST && !a->indices) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_attend: indices is NULL");
     if (a->what == DSA_ATTEND_RANGE && (!a->ks || !a->ke)) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_attend: ks or ke is NULL");
     arena = dsa__cu_over(a->workspace);
-    st = dsa__cu_attend_args(ctx, a, &arena, &c, &parts);
-    return st == DSA_OK ? dsa__cu_refused(ctx, dsa__cu_attend_launch(dsa__cu_of(ctx), &c, parts, (cudaStream_t)stream)) : st;
+    return dsa__cu_attend_args(ctx, a, &arena, c, parts);
+}
+
+extern "C" dsa_status dsa_cuda_attend(const dsa_ctx *ctx, const dsa_cuda_attend_args *a, void *stream)
+{
+    dsa__cu_attend c;
+    float *parts;
+    dsa_status st = dsa__cu_attend_start(ctx, a, &c, &parts);
+    if (st != DSA_OK || a->batch.n_rows == 0) return st;
+    return dsa__cu_refused(ctx, dsa__cu_attend_launch(dsa__cu_of(ctx), &c, parts, (cudaStream_t)stream));
 }
 
 extern "C" dsa_status dsa_cuda_merge(const dsa_ctx *ctx, int32_t n_parts, const float *outs, const float *lses, int64_t n_rows, int32_t n_heads,
@@ -3694,7 +3784,7 @@ extern "C" dsa_status dsa_cuda_merge(const dsa_ctx *ctx, int32_t n_parts, const 
     return dsa__cu_refused(ctx, dsa__cu_launched());
 }
 
-typedef struct dsa__cu_step { dsa_cuda_append_args append; dsa_cuda_score_args score; dsa_selection sel; dsa_cuda_attend_args attend; } dsa__cu_step;
+typedef struct dsa__cu_step { dsa_cuda_append_args append; dsa_cuda_score_args score; dsa_selection sel; dsa_cuda_attend_args attend; __nv_bfloat16 *q16; } dsa__cu_step;
 
 /* The calls that a step is. Scoring and attention share their scratch: they follow each other. */
 static dsa_status dsa__cu_step_args(const dsa_ctx *ctx, const dsa_cuda_step_args *a, dsa__cu_arena *arena, dsa__cu_step *c)
@@ -3720,6 +3810,8 @@ static dsa_status dsa__cu_step_args(const dsa_ctx *ctx, const dsa_cuda_step_args
     if (c->sel.top_k < 1) return dsa__cu_fail(ctx, DSA_ERR_SHAPE, "dsa_cuda_step: top_k is negative");
     c->sel.indices = (int32_t *)dsa__cu_take(arena, a->indices ? 0 : a->batch.n_rows, c->sel.top_k, sizeof(int32_t));
     if (a->indices) c->sel.indices = a->indices;
+    c->q16 = (__nv_bfloat16 *)dsa__cu_take(arena, a->type == DSA_F32 ? a->batch.n_rows : 0,
+                                           (int64_t)ctx->config.n_heads * (ctx->config.dim_latent + ctx->config.dim_rope), 2);
     c->attend.q = a->q;
     c->attend.scale = a->scale;
     c->attend.indices = c->sel.indices;
@@ -3751,6 +3843,12 @@ extern "C" dsa_status dsa_cuda_step(const dsa_ctx *ctx, const dsa_cuda_step_args
 {
     dsa__cu_arena arena = dsa__cu_over(NULL);
     dsa__cu_step c;
+    dsa__cu_score_call score;
+    dsa__cu_attend attend;
+    dsa__cu_append latent, index;
+    dsa__cu_queries queries;
+    dsa__cu_convert convert;
+    float *parts;
     dsa_status st = dsa__cu_step_args(ctx, a, &arena, &c);
     if (st != DSA_OK || a->batch.n_rows == 0) return st;
     if (!a->q || !a->index_q || !a->index_w || !a->out) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_step: q, index_q, index_w or out is NULL");
@@ -3758,10 +3856,23 @@ extern "C" dsa_status dsa_cuda_step(const dsa_ctx *ctx, const dsa_cuda_step_args
     if (st != DSA_OK) return st;
     arena = dsa__cu_over(a->workspace);
     st = dsa__cu_step_args(ctx, a, &arena, &c);
-    if (st == DSA_OK && a->latent_rows) st = dsa_cuda_append(ctx, &c.append, stream);
-    if (st == DSA_OK) st = dsa_cuda_score_select(ctx, &c.score, &c.sel, stream);
-    if (st == DSA_OK) st = dsa_cuda_attend(ctx, &c.attend, stream);
-    return st;
+    if (st == DSA_OK) st = dsa__cu_score_start(ctx, &c.score, &c.sel, &score);
+    if (st == DSA_OK) st = dsa__cu_attend_start(ctx, &c.attend, &attend, &parts);
+    if (st == DSA_OK && a->latent_rows) st = dsa__cu_check(ctx, &a->batch, a->latent, DSA_LATENT);
+    if (st != DSA_OK) return st;
+    /* The attention's scratch lies over that of the scores, but q in bf16 is made before them: behind both. */
+    dsa__cu_appends(&c.append, &latent, &index);
+    if (!a->latent_rows) latent.n = index.n = 0;
+    queries = dsa__cu_queries_of(&score, 0, a->batch.n_rows);
+    score.prepared = score.tile >= a->batch.n_rows;
+    convert = dsa__cu_convert_of(dsa__cu_of(ctx), &attend);
+    attend.prepared = 1;
+    if (convert.n > 0) convert.to = c.q16;
+    if (convert.n > 0) attend.q16 = c.q16;
+    dsa__cu_begin_launch(&score.ranges.batch, &latent, &index, score.prepared ? &queries : NULL, &convert, (cudaStream_t)stream);
+    st = dsa__cu_score_launch(dsa__cu_of(ctx), &score, (cudaStream_t)stream);
+    if (st == DSA_OK) st = dsa__cu_attend_launch(dsa__cu_of(ctx), &attend, parts, (cudaStream_t)stream);
+    return dsa__cu_refused(ctx, st);
 }
 
 /* ---- host level: operands up, results down ------------------------------------------------------------------ */
@@ -3822,6 +3933,8 @@ static dsa_status dsa__cu_host_append(const dsa_ctx *ctx, const dsa_cache *c, in
     int32_t *table, *lens;
     int64_t *to;
     float *rows;
+    dsa__cu_append row;
+    dsa__cu_batch batch;
     dsa__cu_arena a;
     for (;; m /= 2) {
         a = dsa__cu_over(g->scratch);
@@ -3840,8 +3953,9 @@ static dsa_status dsa__cu_host_append(const dsa_ctx *ctx, const dsa_cache *c, in
         if (slots) dsa__cu_up(g, &t, to, slots + done, (size_t)m * 8);
         dsa__cu_up(g, &t, rows, x + done * width, (size_t)(m * width) * 4);
         if (t.err != cudaSuccess) break;
-        dsa__cu_append_row<<<(unsigned)m, 128, 0, g->stream>>>(dsa__cu_pool_of(c, blocks ? table : NULL, blocks),
-            dsa__cu_one(m, DSA__CU_MAX_POS, lens), c->kind == DSA_INDEX_KEY, rows, 0, slots ? to : NULL);
+        row = dsa__cu_append_of(dsa__cu_pool_of(c, blocks ? table : NULL, blocks), c->kind == DSA_INDEX_KEY, rows, 0, slots ? to : NULL, m);
+        batch = dsa__cu_one(m, DSA__CU_MAX_POS, lens);
+        dsa__cu_begin_launch(&batch, &row, NULL, NULL, NULL, g->stream);
         t.err = cudaGetLastError();
     }
     return dsa__cu_leave(g, t, DSA_OK);

@@ -10,6 +10,9 @@
 #define DSA_IMPLEMENTATION
 #include "../dsa.h"
 #include "bench_data.h"
+#ifdef DSA_CUDA
+#include "bench_cuda.h"
+#endif
 
 static const char help[] =
     "usage: bench [options]\n"
@@ -765,6 +768,9 @@ int BENCH_MAIN(int argc, char **argv)
     numbers one;
     int n_cases = 0;
     FILE *head;
+#ifdef DSA_CUDA
+    if (argc > 1 && strcmp(argv[1], "--cuda") == 0) return bench_cuda(argc - 2, argv + 2);
+#endif
     for (int i = 0; i < N_CASES; i++) names[i] = cases[i].name;
     for (int i = 0; i < N_UNITS; i++) names[N_CASES + i] = unit_names[i];
     for (int i = 1; i < argc; i++) {

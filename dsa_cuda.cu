@@ -397,7 +397,9 @@ typedef struct dsa__cu_queries {
     float *v;
     dsa__cu_bounds bounds;
     dsa__cu_ranges ranges;
-    int64_t row0, n;                                     /* heads of n / n_heads rows from row0 on */
+    int64_t row0, n;                                     /* n heads, of rows from row0 on */
+    int32_t per;                                         /* heads of a block; 0: only bounds are wanted, a thread does a row */
+    int64_t n_blocks;
 } dsa__cu_queries;
 
 static __device__ __forceinline__ void dsa__cu_query_head(const dsa__cu_queries &Q, int64_t at, float *head, uint32_t *shared)
@@ -416,6 +418,51 @@ static __device__ __forceinline__ void dsa__cu_query_head(const dsa__cu_queries 
     if (threadIdx.x == 0) Q.v[at] = __fmul_rn(Q.w[at], s);
 }
 
+/* The same operations for a head of 128 channels over planar keys by one warp, four channels a lane: butterflies at strides 1 and 2 within the
+   lane, at 4 .. 64 between lanes, the lower one of a pair adding and the upper one subtracting. */
+static __device__ __forceinline__ void dsa__cu_query_head_128(const dsa__cu_queries &Q, int64_t at)
+{
+    const int32_t lane = threadIdx.x & 31;
+    const float norm = (float)(1.0 / sqrt(128.0));
+    uint32_t most = 0, all = 0, code = 0;
+    float x[4], s, a;
+    if (Q.bounds.lo && at % Q.n_heads == 0 && lane == 0) dsa__cu_bound_row(Q.bounds, Q.ranges, Q.row0, at / Q.n_heads);
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[i] = dsa__cu_operand(Q.q, Q.q_type == DSA_BF16, at * 128 + 4 * lane + i);
+    if (Q.hadamard) {
+        float y[4] = { __fadd_rn(x[0], x[1]), __fsub_rn(x[0], x[1]), __fadd_rn(x[2], x[3]), __fsub_rn(x[2], x[3]) };
+        x[0] = __fadd_rn(y[0], y[2]); x[2] = __fsub_rn(y[0], y[2]);
+        x[1] = __fadd_rn(y[1], y[3]); x[3] = __fsub_rn(y[1], y[3]);
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float other = __shfl_xor_sync(~0u, x[i], step);
+                x[i] = lane & step ? __fsub_rn(other, x[i]) : __fadd_rn(x[i], other);
+            }
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[i] = __fmul_rn(x[i], norm);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint32_t b = __float_as_uint(x[i]) & 0x7FFFFFFFu;
+        all = b > all ? b : all;
+        b = b > 0x7F800000u ? 0u : b;
+        most = b > most ? b : most;
+    }
+    most = __reduce_max_sync(~0u, most);
+    all = __reduce_max_sync(~0u, all);
+    a = most >= 0x7F800000u ? 3.402823466e+38f : __uint_as_float(most);
+    a = a > 1e-4f ? a : 1e-4f;
+    s = Q.format == DSA_FP8 ? dsa__cu_pow2_ceil(__fmul_rn(a, 1.0f / 448.0f)) : __fdiv_rn(a, 127.0f);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        code |= (Q.format == DSA_FP8 ? dsa__cu_e4m3_code(__fdiv_rn(x[i], s)) : (uint32_t)dsa__cu_int8(x[i], s) & 0xFFu) << 8 * i;
+    *(uint32_t *)(Q.x + at * 128 + 4 * lane) = code;
+    if (Q.format == DSA_INT8 && all > 0x7F800000u) s = __uint_as_float(0x7FC00000u);
+    if (lane == 0) Q.v[at] = __fmul_rn(Q.w[at], s);
+}
+
 /* q of attention, f32, in bf16. */
 typedef struct dsa__cu_convert { const float *q; __nv_bfloat16 *to; int64_t n; } dsa__cu_convert;
 
@@ -430,8 +477,19 @@ static __global__ void __launch_bounds__(128) dsa__cu_begin(dsa__cu_batch b, dsa
     at -= latent.n;
     if (at < index.n) { dsa__cu_append_row(index, b, at, x, shared); return; }
     at -= index.n;
-    if (at < queries.n) { dsa__cu_query_head(queries, at, x, shared); return; }
-    at = (at - queries.n) * 1024 + threadIdx.x;
+    if (at < queries.n_blocks) {
+        if (queries.per == 1) {
+            dsa__cu_query_head(queries, at, x, shared);
+        } else if (queries.per) {
+            at = at * queries.per + threadIdx.x / 32;
+            if (at < queries.n) dsa__cu_query_head_128(queries, at);
+        } else {
+            at = at * 128 + threadIdx.x;
+            if (at * queries.n_heads < queries.n && queries.bounds.lo) dsa__cu_bound_row(queries.bounds, queries.ranges, queries.row0, at);
+        }
+        return;
+    }
+    at = (at - queries.n_blocks) * 1024 + threadIdx.x;
     for (int i = 0; i < 8 && at < convert.n; i++, at += 128) convert.to[at] = __float2bfloat16_rn(convert.q[at]);
 }
 
@@ -719,6 +777,10 @@ __global__ void __launch_bounds__(DSA__CU_INDEX_THREADS, 4) dsa__cu_index_mma(ds
 #define DSA__CU_HOPPER 1
 #endif
 
+#define DSA__CU_HOPPER_TILE 128
+
+template <int N> struct dsa__cu_hopper_shape { static constexpr int stages = N > 64 ? 8 : 5; };
+
 #ifdef DSA__CU_HOPPER
 __device__ __forceinline__ void dsa__cu_mbar_wait(uint32_t bar, uint32_t phase)
 {
@@ -772,10 +834,6 @@ __device__ __forceinline__ void dsa__cu_wgmma_e4m3(float (&d)[64], uint64_t a, u
           "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
         : "l"(a), "l"(b), "r"(add));
 }
-#define DSA__CU_HOPPER_TILE 128
-
-template <int N> struct dsa__cu_hopper_shape { static constexpr int stages = N > 64 ? 8 : 5; };
-
 /* HP: heads padded with weight 0 (64, 128); ROWS: rows of the block. Columns of B: [row][head]. */
 template <int HP, int ROWS>
 __global__ void __launch_bounds__(384, HP * ROWS > 64 ? 1 : 2) dsa__cu_index_hopper(dsa__cu_index_args a)
@@ -1229,16 +1287,6 @@ __device__ dsa__u64 dsa__cu_cut(Each each, uint32_t rank, int top, int passes, u
     return prefix << shift;
 }
 
-/* The same over c - base of those c[0..n) that are at least base, in shared memory. One copy of the code for the sample and the candidates: it runs once or twice in a block, so
-   most of its time is the fetching of instructions. */
-__device__ __noinline__ dsa__u64 dsa__cu_cut_shared(const dsa__u64 *c, uint32_t n, dsa__u64 base, uint32_t rank, int top, int passes, uint32_t *hist, uint32_t *sums, uint32_t *bin)
-{
-    return dsa__cu_cut([&](auto f) {
-#pragma unroll 1
-        for (uint32_t i = threadIdx.x; i - threadIdx.x < n; i += DSA__CU_TOPK_THREADS) { const dsa__u64 x = i < n ? c[i] : 0; f(x - base, x >= base); }
-    }, rank, top, passes, hist, sums, bin);
-}
-
 /* Writes the selected positions in ascending order: `fill` sets the bits of one window in `bitmap`, every thread then counts and emits its own run of words. */
 template <class Fill>
 __device__ void dsa__cu_emit(Fill fill, int32_t lo, int32_t hi, int32_t window, int32_t k, const float *I, int32_t *indices, float *scores, int32_t *found, uint32_t *bitmap, uint32_t *sums)
@@ -1307,11 +1355,7 @@ __global__ void __launch_bounds__(DSA__CU_TOPK_THREADS, 1024 / DSA__CU_TOPK_THRE
            m samples: at about the fraction ln(m / s) / s from the top); above it few samples remain, and their own range spreads them. */
         uint32_t most = 0;
 #pragma unroll
-        for (int i = 0; i < DSA__CU_TOPK_SAMPLE; i++) {
-            const uint32_t key = dsa__cu_key(x[i]);
-            most = max(most, key);
-            if (DSA__CU_TOPK_THREADS * i < a.sample) cand[DSA__CU_TOPK_THREADS * i + tid] = (dsa__u64) key << 32;
-        }
+        for (int i = 0; i < DSA__CU_TOPK_SAMPLE; i++) most = max(most, dsa__cu_key(x[i]));
         uint32_t least = most;
         for (int d = 1; d < a.group; d *= 2) least = max(least, __shfl_xor_sync(~0u, least, d));
         least = __reduce_min_sync(~0u, least);
@@ -1324,12 +1368,17 @@ __global__ void __launch_bounds__(DSA__CU_TOPK_THREADS, 1024 / DSA__CU_TOPK_THRE
         least = max(least, 1u);
         dsa__u64 cut = 0;
         const dsa__u64 base = (dsa__u64) least << 32;
-        if (most > least) cut = dsa__cu_cut_shared(cand, (uint32_t) a.sample, base, rank, 64 - __clz(most - least), 1, hist, sums, bin);
+        if (most > least) cut = dsa__cu_cut([&](auto f) {
+#pragma unroll
+            for (int i = 0; i < DSA__CU_TOPK_SAMPLE; i++)
+                if (DSA__CU_TOPK_THREADS * i < a.sample) { const uint32_t key = dsa__cu_key(x[i]); f((dsa__u64) (key - least) << 32, key >= least); }
+        }, rank, 64 - __clz(most - least), 1, hist, sums, bin);
         if (cut) cut += base;
-        else {                                                          /* too few above it */
-            const dsa__u64 all = 1ull << 32;
-            cut = all + dsa__cu_cut_shared(cand, (uint32_t) a.sample, all, rank, 64, 2, hist, sums, bin);
-        }
+        else cut = dsa__cu_cut([&](auto f) {                            /* too few above it */
+#pragma unroll
+            for (int i = 0; i < DSA__CU_TOPK_SAMPLE; i++)
+                if (DSA__CU_TOPK_THREADS * i < a.sample) { const dsa__u64 c = dsa__cu_rank(x[i], 0); f(c, c >> 32 != 0); }
+        }, rank, 64, 2, hist, sums, bin);
         threshold = max((uint32_t) (cut >> 32), 1u);
     }
     __syncthreads();
@@ -1398,7 +1447,9 @@ __global__ void __launch_bounds__(DSA__CU_TOPK_THREADS, 1024 / DSA__CU_TOPK_THRE
             for (int i = 0; i < DSA__CU_TOPK_THREADS / 32; i++) most = max(most, sums[i]);
             __syncthreads();
             const dsa__u64 base = (dsa__u64) threshold << 32;
-            cut = base + dsa__cu_cut_shared(cand, found, base, (uint32_t) k, 64 - __clz(most - threshold), 6, hist, sums, bin);
+            cut = base + dsa__cu_cut([&](auto f) {
+                for (uint32_t i = 0; i < found; i += DSA__CU_TOPK_THREADS) { const bool on = i + tid < found; f(on ? cand[i + tid] - base : 0, on); }
+            }, (uint32_t) k, 64 - __clz(most - threshold), 6, hist, sums, bin);
         }
         dsa__cu_emit([&](int32_t base, int32_t words) {
             for (int32_t w = tid; w < words; w += DSA__CU_TOPK_THREADS) bitmap[w] = 0;
@@ -1570,6 +1621,7 @@ typedef struct dsa__cu_attend {
     float *lse, *max_logit;                              /* optional [n_rows, n_heads], natural, without the sink; empty rows +inf, -inf */
     /* PORTABLE and HOPPER: blocks that share a row's list */
     int32_t n_chunks, leaves_per_chunk, n_leaves;        /* n_leaves of k: strides of parts and stats */
+    int32_t n_units;                                     /* pieces of work that resident blocks share */
     float *parts, *stats;                                /* [n_rows, n_leaves, n_heads, dim_v] and [n_rows, n_leaves, n_heads, 2] */
 } dsa__cu_attend;
 
@@ -1980,9 +2032,8 @@ static __global__ void __launch_bounds__(128) dsa__cu_fold_state(dsa__cu_attend 
 
 /* ---- portable path: mma.sync, cp.async (sm_80 and later) ------------------------------------------- */
 /* A block attends for 32 heads of one row. Warp (g, w): heads 16 g .. 16 g + 15 of the block; it scores keys 8 w .. 8 w + 7 of a leaf
-   and owns DV / 4 columns of the output. Leaf: 32 entries. Two blocks share a multiprocessor where its memory allows; q in registers
-   instead (144 of them, one block) took 1.3 times as long. sm_86, 89 and 120 (99 KB) have room for one block, and its bf16 rows
-   have one tile instead of two there (STAGES). */
+   and owns DV / 4 columns of the output. q stays in registers (36 steps of 16 dims: 144 of them), since shared memory of sm_86,
+   89 and 120 (99 KB) has room for two leaves of 32 rows only. Leaf: 32 entries. */
 #define DSA__CU_LEAF_PORTABLE 32
 
 static __device__ __forceinline__ void dsa__cu_mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
@@ -2001,23 +2052,24 @@ static __device__ __forceinline__ void dsa__cu_ldmatrix_t(uint32_t (&r)[4], uint
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
 }
 
-template <int DQ, bool FP8, int STAGES> struct dsa__cu_portable_smem {
+template <int DQ> struct dsa__cu_portable_smem {
     static constexpr int leaf = DSA__CU_LEAF_PORTABLE, row = DQ * 2, tile = leaf * row, scores = 36;
-    static constexpr int raw_row = DQ + 96;              /* FP8 row: R + 4 ceil(R/128) + 2 r; rows 32 bytes apart modulo 128 */
-    static constexpr int at_q = STAGES * tile, at_raw = at_q + 32 * row, at_scores = at_raw + (FP8 ? leaf * raw_row : 0);
-    static constexpr int at_valid = at_scores + 32 * scores * 4, bytes = at_valid + 4 * leaf;
+    static constexpr int raw_row = DQ + 128;               /* FP8 row: R + 4 ceil(R/128) + 2 r; rows 64 bytes apart modulo 128 */
+    static constexpr int at_raw = 2 * tile, at_scores_bf16 = 2 * tile, at_scores_fp8 = 2 * tile + leaf * raw_row;
+    static constexpr int bytes_bf16 = at_scores_bf16 + 32 * scores * 4 + 4 * leaf, bytes_fp8 = at_scores_fp8 + 32 * scores * 4 + 4 * leaf;
 };
 
-template <int DQ, int DV, bool FP8, bool SPLIT, int STAGES>
-static __global__ void __launch_bounds__(256, 2) dsa__cu_attend_portable(const __grid_constant__ dsa__cu_attend A)
+/* MLA: R = 512, r = 64, dim_v = 512, known when compiled. */
+template <int DQ, int DV, bool FP8, bool SPLIT, bool MLA>
+static __global__ void __launch_bounds__(256, 1) dsa__cu_attend_portable(const __grid_constant__ dsa__cu_attend A)
 {
-    using S = dsa__cu_portable_smem<DQ, FP8, STAGES>;
+    using S = dsa__cu_portable_smem<DQ>;
     constexpr int LEAF = S::leaf, STEPS = DQ / 16, TILES = DV / 32;         /* TILES: of 8 columns, per warp */
     extern __shared__ __align__(1024) unsigned char smem[];
-    float *scores = (float *)(smem + S::at_scores);
-    unsigned char *valid = smem + S::at_valid;                              /* [4][LEAF]: a fast warp may be leaves ahead */
+    float *scores = (float *)(smem + (FP8 ? S::at_scores_fp8 : S::at_scores_bf16));
+    unsigned char *valid = (unsigned char *)(scores + 32 * S::scores);      /* [4][LEAF]: two more than slots, since a fast warp may be a leaf ahead */
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = warp >> 2, w = warp & 3;
-    const int n_groups = (A.n_heads + 31) / 32, D = A.pool.dim + A.pool.dim_rope;
+    const int n_groups = (A.n_heads + 31) / 32, R = MLA ? 512 : A.pool.dim, r = MLA ? 64 : A.pool.dim_rope, D = R + r, dim_v = MLA ? 512 : A.dim_v;
     int unit = blockIdx.x;
     const int group = unit % n_groups;
     unit /= n_groups;
@@ -2036,12 +2088,12 @@ static __global__ void __launch_bounds__(256, 2) dsa__cu_attend_portable(const _
     /* rows: thread t brings pieces t % 8, t % 8 + 8, ... of entry t / 8 of the leaf */
     const int mine = tid >> 3, piece = tid & 7;
     const uint32_t tile = dsa__cu_smem(smem), raw = tile + S::at_raw;
-    const int raw_bytes = A.pool.dim + (A.pool.dim + 127) / 128 * 4 + 2 * A.pool.dim_rope;
+    const int raw_bytes = R + (R + 127) / 128 * 4 + 2 * r;
     const bool wide = (((uintptr_t)E.data | A.pool.row_stride | A.pool.page_stride) & 15) == 0;
     int32_t next = dsa__cu_entry(E, first * LEAF + mine);
     auto fetch = [&](int leaf) {                                            /* issues the copies of a leaf and reads the list's next part */
         const unsigned char *from = leaf < last ? dsa__cu_row(A, E, next) : NULL;
-        const int on = from != NULL, slot = leaf % STAGES;
+        const int on = from != NULL, slot = leaf & 1;
         if (leaf < last) {
             if (!on) from = E.data;
             next = dsa__cu_entry(E, (leaf + 1) * LEAF + mine);
@@ -2071,77 +2123,75 @@ static __global__ void __launch_bounds__(256, 2) dsa__cu_attend_portable(const _
     };
 
     /* columns between D and DQ: zeros that no copy touches */
-    for (int i = tid; i < (STAGES * LEAF + 32) * (DQ / 8); i += 256) {
+    for (int i = tid; i < 2 * LEAF * (DQ / 8); i += 256) {
         int r = i / (DQ / 8), u = i % (DQ / 8);
         if (u * 8 >= D) *(uint4 *)(smem + r * S::row + ((u ^ (r & 7)) << 4)) = make_uint4(0, 0, 0, 0);
     }
-    /* FP8: widens a leaf's raw rows into its tile. A row's raw bytes are copied and widened by the same 8 threads. */
-    auto widen = [&] {
-        const unsigned char *from = smem + S::at_raw + mine * S::raw_row;
-        const float *scale = (const float *)(from + A.pool.dim);
-        const unsigned char *rope = from + A.pool.dim + (A.pool.dim + 127) / 128 * 4 - 2 * A.pool.dim;
-        unsigned char *to = smem + mine * S::row;
-#pragma unroll 3
-        for (int i = 0; i < DQ / 64; i++) {
-            const int u = i * 8 + piece;
-            uint4 y;
-            if (u * 8 < A.pool.dim) {
-                uint2 x = *(const uint2 *)(from + u * 8);
-                float s = scale[u >> 4];
-                uint2 a = dsa__cu_widen4(x.x, s), b = dsa__cu_widen4(x.y, s);
-                y = make_uint4(a.x, a.y, b.x, b.y);
-            } else if (u * 8 < D) {
-                const uint32_t *x = (const uint32_t *)(rope + 16 * u);
-                y = make_uint4(x[0], x[1], x[2], x[3]);
-            }
-            if (u * 8 < D) *(uint4 *)(to + ((u ^ (mine & 7)) << 4)) = y;
+    /* FP8: widens piece i of the next leaf's raw rows. A row's raw bytes are copied and widened by the same 8 threads. */
+    const unsigned char *raw_mine = smem + S::at_raw + mine * S::raw_row;
+    auto widen = [&](int leaf, int i) {
+        const int u = i * 8 + piece;
+        uint4 y = make_uint4(0, 0, 0, 0);
+        if (u * 8 < R) {
+            uint2 x = *(const uint2 *)(raw_mine + u * 8);
+            float s = *(const float *)(raw_mine + R + 4 * (i >> 1));
+            uint2 a = dsa__cu_widen4(x.x, s), b = dsa__cu_widen4(x.y, s);
+            y = make_uint4(a.x, a.y, b.x, b.y);
+        } else if (u * 8 < D) {
+            const uint32_t *x = (const uint32_t *)(raw_mine + R + (R + 127) / 128 * 4 + 2 * (u * 8 - R));
+            y = make_uint4(x[0], x[1], x[2], x[3]);
         }
-        __syncwarp();
+        if (u * 8 < D) *(uint4 *)(smem + (leaf & 1) * S::tile + mine * S::row + ((u ^ (mine & 7)) << 4)) = y;
     };
+    fetch(first);
+    if (FP8) {
+        dsa__cu_copy_wait<0>();
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < DQ / 64; i++) widen(first, i);
+        __syncwarp();
+        fetch(first + 1);
+    }
+
+    uint32_t q[STEPS][4];
     {
-        const __nv_bfloat16 *q = A.q16 + ((int64_t)row * A.n_heads + group * 32) * D;
-        const bool q_wide = ((uintptr_t)A.q16 & 15) == 0;
-        const int r = tid >> 3, on = group * 32 + r < A.n_heads;
-        const uint32_t to = tile + S::at_q + r * S::row;
-        for (int u = piece; u * 8 < D; u += 8) {
-            const __nv_bfloat16 *from = on ? q + (int64_t)r * D + u * 8 : A.q16;
-            if (q_wide) dsa__cu_copy16(to + ((u ^ (r & 7)) << 4), from, on);
-            else for (int j = 0; j < 8; j += 2) dsa__cu_copy4(to + ((u ^ (r & 7)) << 4) + 2 * j, on ? from + j : from, on);
+        const __nv_bfloat16 *q0 = A.q16 + ((int64_t)row * A.n_heads + head) * D + 2 * (lane & 3), *q1 = q0 + 8 * (int64_t)D;
+        const int col = 2 * (lane & 3);
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) {
+            q[s][0] = head     < A.n_heads && 16 * s + col     < D ? *(const uint32_t *)(q0 + 16 * s) : 0;
+            q[s][1] = head + 8 < A.n_heads && 16 * s + col     < D ? *(const uint32_t *)(q1 + 16 * s) : 0;
+            q[s][2] = head     < A.n_heads && 16 * s + col + 8 < D ? *(const uint32_t *)(q0 + 16 * s + 8) : 0;
+            q[s][3] = head + 8 < A.n_heads && 16 * s + col + 8 < D ? *(const uint32_t *)(q1 + 16 * s + 8) : 0;
         }
     }
-    fetch(first);
     float O[TILES][4], M0 = -INFINITY, M1 = -INFINITY, L0 = 0.0f, L1 = 0.0f;
 #pragma unroll
     for (int t = 0; t < TILES; t++) O[t][0] = O[t][1] = O[t][2] = O[t][3] = 0.0f;
 
     for (int leaf = first; leaf < last; leaf++) {
-        const uint32_t rows = tile + leaf % STAGES * S::tile;
-        dsa__cu_copy_wait<0>();
+        const int slot = leaf & 1;
+        const uint32_t rows = tile + slot * S::tile;
+        if (!FP8) dsa__cu_copy_wait<0>();
         __syncthreads();                                 /* the leaf's rows are there; nobody reads the leaf before any more */
-        if (FP8) {
-            widen();
-            fetch(leaf + 1);
-            __syncthreads();
-        } else if (STAGES == 2) fetch(leaf + 1);
+        if (!FP8) fetch(leaf + 1);
 
-        /* scores of 16 heads x 8 keys: two sums, of the even and the odd steps, to halve the chain of dependent products */
-        float s0[4] = { 0.0f, 0.0f, 0.0f, 0.0f }, s1[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
-        const int key = w * 8 + (lane & 7), qrow = g * 16 + (lane & 15);
+        /* scores of 16 heads x 8 keys: three sums, for a third of the chain of dependent products */
+        float sum[3][4] = { { 0.0f, 0.0f, 0.0f, 0.0f }, { 0.0f, 0.0f, 0.0f, 0.0f }, { 0.0f, 0.0f, 0.0f, 0.0f } };
+        const int key = w * 8 + (lane & 7);
 #pragma unroll
         for (int s = 0; s < STEPS; s += 2) {
-            uint32_t a[4], b[4];
+            uint32_t b[4];
             dsa__cu_ldmatrix(b, rows + key * S::row + (((2 * s + (lane >> 3)) ^ (key & 7)) << 4));
-            dsa__cu_ldmatrix(a, tile + S::at_q + qrow * S::row + (((2 * s + (lane >> 4)) ^ (qrow & 7)) << 4));
-            dsa__cu_mma(s0, a, b[0], b[1]);
-            dsa__cu_ldmatrix(a, tile + S::at_q + qrow * S::row + (((2 * s + 2 + (lane >> 4)) ^ (qrow & 7)) << 4));
-            dsa__cu_mma(s1, a, b[2], b[3]);
+            dsa__cu_mma(sum[s % 3], q[s], b[0], b[1]);
+            dsa__cu_mma(sum[(s + 1) % 3], q[s + 1], b[2], b[3]);
         }
         {
             const int col = w * 8 + 2 * (lane & 3);
             const bool on0 = valid[(leaf & 3) * LEAF + col] != 0, on1 = valid[(leaf & 3) * LEAF + col + 1] != 0;
             float *to = scores + (g * 16 + (lane >> 2)) * S::scores + col;
-            *(float2 *)to = make_float2(on0 ? (s0[0] + s1[0]) * c : -INFINITY, on1 ? (s0[1] + s1[1]) * c : -INFINITY);
-            *(float2 *)(to + 8 * S::scores) = make_float2(on0 ? (s0[2] + s1[2]) * c : -INFINITY, on1 ? (s0[3] + s1[3]) * c : -INFINITY);
+            *(float2 *)to = make_float2(on0 ? (sum[0][0] + sum[1][0] + sum[2][0]) * c : -INFINITY, on1 ? (sum[0][1] + sum[1][1] + sum[2][1]) * c : -INFINITY);
+            *(float2 *)(to + 8 * S::scores) = make_float2(on0 ? (sum[0][2] + sum[1][2] + sum[2][2]) * c : -INFINITY, on1 ? (sum[0][3] + sum[1][3] + sum[2][3]) * c : -INFINITY);
         }
         dsa__cu_bar(1 + g, 128);
 
@@ -2185,27 +2235,32 @@ static __global__ void __launch_bounds__(256, 2) dsa__cu_attend_portable(const _
             if (head < A.n_heads)     *(float2 *)(A.stats + 2 * at)       = make_float2(m0, l0);
             if (head + 8 < A.n_heads) *(float2 *)(A.stats + 2 * (at + 8)) = make_float2(m1, l1);
         }
+        if (FP8) {                                       /* the next leaf is widened between the products, to fill their waits */
+            dsa__cu_copy_wait<0>();
+            __syncwarp();
+        }
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
             uint32_t v[4];
             float y[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+            if (FP8 && t == DQ / 64) {                   /* the raw rows have been read: the copies behind them may start */
+                __syncwarp();
+                fetch(leaf + 2);
+            }
+            if (FP8 && t < DQ / 64) widen(leaf + 1, t);             /* behind the last leaf: stale bytes into a tile that nobody reads */
             dsa__cu_ldmatrix_t(v, rows + lane * S::row + (((w * TILES + t) ^ (lane & 7)) << 4));
             dsa__cu_mma(y, p[0], v[0], v[1]);
             dsa__cu_mma(y, p[1], v[2], v[3]);
             if (SPLIT) {
                 const int col = (w * TILES + t) * 8 + 2 * (lane & 3);
-                if (col < A.dim_v && head < A.n_heads)     *(float2 *)(A.parts + at * A.dim_v + col)       = make_float2(y[0], y[1]);
-                if (col < A.dim_v && head + 8 < A.n_heads) *(float2 *)(A.parts + (at + 8) * A.dim_v + col) = make_float2(y[2], y[3]);
+                if (col < dim_v && head < A.n_heads)     *(float2 *)(A.parts + at * dim_v + col)       = make_float2(y[0], y[1]);
+                if (col < dim_v && head + 8 < A.n_heads) *(float2 *)(A.parts + (at + 8) * dim_v + col) = make_float2(y[2], y[3]);
             } else {
                 O[t][0] = __fmaf_rn(b0, y[0], __fmul_rn(a0, O[t][0]));
                 O[t][1] = __fmaf_rn(b0, y[1], __fmul_rn(a0, O[t][1]));
                 O[t][2] = __fmaf_rn(b1, y[2], __fmul_rn(a1, O[t][2]));
                 O[t][3] = __fmaf_rn(b1, y[3], __fmul_rn(a1, O[t][3]));
             }
-        }
-        if (!FP8 && STAGES == 1) {
-            __syncthreads();
-            fetch(leaf + 1);
         }
     }
     if (SPLIT) return;
@@ -2220,8 +2275,8 @@ static __global__ void __launch_bounds__(256, 2) dsa__cu_attend_portable(const _
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
         const int col = (w * TILES + t) * 8 + 2 * (lane & 3);
-        if (col < A.dim_v && head < A.n_heads)     dsa__cu_put2(A, at * A.dim_v + col, O[t][0] * f0, O[t][1] * f0);
-        if (col < A.dim_v && head + 8 < A.n_heads) dsa__cu_put2(A, (at + 8) * A.dim_v + col, O[t][2] * f1, O[t][3] * f1);
+        if (col < dim_v && head < A.n_heads)     dsa__cu_put2(A, at * dim_v + col, O[t][0] * f0, O[t][1] * f0);
+        if (col < dim_v && head + 8 < A.n_heads) dsa__cu_put2(A, (at + 8) * dim_v + col, O[t][2] * f1, O[t][3] * f1);
     }
 }
 
@@ -2474,46 +2529,50 @@ static __device__ __forceinline__ void dsa__cu_produce_fp8(const dsa__cu_attend 
     }
 }
 
-/* The end of a block that saw the whole list: O / (L + sink) of warpgroup w's half of the columns, lse and max. AT: the tiles. */
-template <int AT>
+/* The end of a block that saw the whole list: O / (L + sink) of warpgroup w's half of the columns, lse and max. A thread has 2 columns of each
+   8; four threads swap theirs so that each stores 8 columns at once: shared memory stays with what comes next. */
 static __device__ __forceinline__ void dsa__cu_attend_end(const dsa__cu_attend &A, float (&O)[4][32], float M0, float M1, float L0, float L1, int row, int group, int w)
 {
-    extern __shared__ __align__(1024) unsigned char smem[];
-    const uint32_t base = dsa__cu_smem(smem);
-    const int tid = threadIdx.x, lane = tid & 31, head = group * 64 + 16 * ((tid >> 5) & 3) + (lane >> 2);
+    const int tid = threadIdx.x, lane = tid & 31, l = lane & 3, head = group * 64 + 16 * ((tid >> 5) & 3) + (lane >> 2);
     const int64_t at = (int64_t)row * A.n_heads + head;
-    const float f0 = head < A.n_heads ? dsa__cu_norm(M0, L0, dsa__cu_sink(A, head)) : 0.0f;
-    const float f1 = head + 8 < A.n_heads ? dsa__cu_norm(M1, L1, dsa__cu_sink(A, head + 8)) : 0.0f;
-    if (w == 0 && (lane & 3) == 0) {
-        if (head < A.n_heads)     dsa__cu_stats(A, at, M0, L0);
-        if (head + 8 < A.n_heads) dsa__cu_stats(A, at + 8, M1, L1);
+    const bool on0 = head < A.n_heads, on1 = head + 8 < A.n_heads;
+    const float f0 = on0 ? dsa__cu_norm(M0, L0, dsa__cu_sink(A, head)) : 0.0f;
+    const float f1 = on1 ? dsa__cu_norm(M1, L1, dsa__cu_sink(A, head + 8)) : 0.0f;
+    if (w == 0 && l == 0) {
+        if (on0) dsa__cu_stats(A, at, M0, L0);
+        if (on1) dsa__cu_stats(A, at + 8, M1, L1);
     }
     if (A.out_bf16 == 0) {
-        float *to = (float *)A.out + at * 512 + w * 256 + 2 * (lane & 3);
-        if (head < A.n_heads) {
+        float *to = (float *)A.out + at * 512 + w * 256 + 2 * l;
+        if (on0) {
 #pragma unroll
             for (int j = 0; j < 32; j++) *(float2 *)(to + 8 * j) = make_float2(O[j >> 3][4 * (j & 7)] * f0, O[j >> 3][4 * (j & 7) + 1] * f0);
         }
-        if (head + 8 < A.n_heads) {
+        if (on1) {
 #pragma unroll
             for (int j = 0; j < 32; j++) *(float2 *)(to + 4096 + 8 * j) = make_float2(O[j >> 3][4 * (j & 7) + 2] * f1, O[j >> 3][4 * (j & 7) + 3] * f1);
         }
-    } else {                                         /* over the tiles, rows of 512 bytes and 16 more (no bank twice), then by bulk copies */
-        const uint32_t stage = base + AT + w * 64 * 528, to = stage + (16 * ((tid >> 5) & 3) + (lane >> 2)) * 528 + 4 * (lane & 3);
-        dsa__cu_bar(1, 256);
+        return;
+    }
+    __nv_bfloat16 *to = (__nv_bfloat16 *)A.out + at * 512 + w * 256 + 8 * l;
 #pragma unroll
-        for (int j = 0; j < 32; j++) {
-            asm volatile("st.shared.u32 [%0], %1;" :: "r"(to + 16 * j), "r"(dsa__cu_pack(O[j >> 3][4 * (j & 7)] * f0, O[j >> 3][4 * (j & 7) + 1] * f0)) : "memory");
-            asm volatile("st.shared.u32 [%0], %1;" :: "r"(to + 8 * 528 + 16 * j), "r"(dsa__cu_pack(O[j >> 3][4 * (j & 7) + 2] * f1, O[j >> 3][4 * (j & 7) + 3] * f1)) : "memory");
-        }
-        dsa__cu_proxy_fence();
-        dsa__cu_bar(2 + w, 128);
-        const int r = tid & 127;
-        if (r < 64 && group * 64 + r < A.n_heads) {
-            __nv_bfloat16 *out = (__nv_bfloat16 *)A.out + ((int64_t)row * A.n_heads + group * 64 + r) * 512 + w * 256;
-            asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], 512;" :: "l"(out), "r"(stage + r * 528) : "memory");
-            asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-            asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    for (int j = 0; j < 32; j += 4) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            uint32_t x[4], y[4];                         /* x[t]: my columns of group j + t. Wanted: all columns of group j + l */
+#pragma unroll
+            for (int t = 0; t < 4; t++) {
+                const float *o = O[(j + t) >> 3] + 4 * ((j + t) & 7) + 2 * h;
+                x[t] = dsa__cu_pack(o[0] * (h ? f1 : f0), o[1] * (h ? f1 : f0));
+            }
+            /* a transpose of 4 x 4: swap with the neighbour, then with the one behind it */
+            y[0] = l & 1 ? x[0] : x[1]; y[1] = l & 1 ? x[2] : x[3];
+            y[0] = __shfl_xor_sync(~0u, y[0], 1); y[1] = __shfl_xor_sync(~0u, y[1], 1);
+            if (l & 1) { x[0] = y[0]; x[2] = y[1]; } else { x[1] = y[0]; x[3] = y[1]; }
+            y[0] = l & 2 ? x[0] : x[2]; y[1] = l & 2 ? x[1] : x[3];
+            y[0] = __shfl_xor_sync(~0u, y[0], 2); y[1] = __shfl_xor_sync(~0u, y[1], 2);
+            if (l & 2) { x[0] = y[0]; x[1] = y[1]; } else { x[2] = y[0]; x[3] = y[1]; }
+            if (h ? on1 : on0) *(uint4 *)(to + h * 4096 + 8 * j) = make_uint4(x[0], x[1], x[2], x[3]);
         }
     }
 }
@@ -2702,315 +2761,454 @@ static __global__ void __launch_bounds__(384, 1) dsa__cu_attend_hopper(const __g
             }
         }
         if (SPLIT) return;
-        dsa__cu_attend_end<S::kv>(A, O, M0, M1, L0, L1, row, group, w);
+        dsa__cu_attend_end(A, O, M0, M1, L0, L1, row, group, w);
     }
 }
 
 /* ---- the same with leaves of 128: both warpgroups in step ------------------------------------------------ */
 /* A leaf is two tiles of 64 rows. Warpgroup w scores tile w; both agree on the leaf's maximum, swap weights, and multiply all 128 keys'
    weights with their half of the columns, 64 columns at a time, 8 products a fold. A chunk (64 columns of both tiles) goes back to the
-   producer as soon as it is multiplied, and scores take chunks in the order in which they come back: 0 4 1 5 2 6 3 7, then rope. */
+   producer as soon as it is multiplied, and scores take chunks in the order in which they come back: 0 4 1 5 2 6 3 7, then rope.
+   A block goes through several (row, chunk of the list, head group); the producer is ahead of the output and of the next q.
+   TWO: two blocks of a cluster do the two head groups of a row and share its rows: each widens one tile for both. */
 struct dsa__cu_pair_smem {
-    static constexpr int q = 0, tile = 9 * DSA__CU_CHUNK, kv = tile, swap = 3 * tile, bars = swap + 4 * 128 * 8, valid = bars + 128, bytes = valid + 16;
+    static constexpr int q = 0, tile = 9 * DSA__CU_CHUNK, kv = tile, swap = 3 * tile, bars = swap + 4 * 128 * 8, valid = bars + 128, bytes = valid + 32;
 };
 
-template <int ROPE>
-static __device__ __forceinline__ void dsa__cu_produce_pair_bf16(const dsa__cu_attend &A, const dsa__cu_entries &E, int first, int last,
-                                                                 uint32_t kv, uint32_t full, uint32_t empty, unsigned short *valid)
+/* One unit of work. */
+typedef struct dsa__cu_unit { int32_t row, group, first, n; } dsa__cu_unit;
+
+template <bool SPLIT>
+static __device__ __forceinline__ dsa__cu_unit dsa__cu_unit_of(const dsa__cu_attend &A, int unit, int count)
 {
-    const int lane = threadIdx.x & 31, p = (threadIdx.x >> 5) & 3, sub = lane >> 3, unit = lane & 7;
+    dsa__cu_unit u;
+    const int n_groups = (A.n_heads + 63) / 64, n_leaves = (count + 127) / 128;
+    (void)unit;
+    u.group = unit % n_groups;
+    unit /= n_groups;
+    u.row = unit / A.n_chunks;
+    u.first = SPLIT ? min(unit % A.n_chunks * A.leaves_per_chunk, n_leaves) : 0;
+    u.n = SPLIT ? min(A.leaves_per_chunk, n_leaves - u.first) : n_leaves;
+    return u;
+}
+
+static __device__ __forceinline__ int dsa__cu_unit_row(const dsa__cu_attend &A, int unit) { return unit / ((A.n_heads + 63) / 64) / A.n_chunks; }
+
+static __device__ __forceinline__ uint32_t dsa__cu_peer(uint32_t at, uint32_t rank)
+{
+    uint32_t to;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(at), "r"(rank));
+    return to;
+}
+/* Stores to the other block count themselves off at its barrier (st.async): a release over the cluster, as plain stores would need before
+   an arrival, costs a fence of the whole memory and a flush of the L1 (1.4 times the time of the whole kernel). */
+static __device__ __forceinline__ void dsa__cu_peer_store16(uint32_t to, uint4 v, uint32_t bar)
+{
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];"
+        :: "r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(bar) : "memory");
+}
+static __device__ __forceinline__ void dsa__cu_peer_store4(uint32_t to, uint32_t v, uint32_t bar)
+{
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" :: "r"(to), "r"(v), "r"(bar) : "memory");
+}
+static __device__ __forceinline__ void dsa__cu_bar_arrive_expect(uint32_t bar, int bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory");
+}
+/* Only gives back what was read, so it need not release writes. */
+static __device__ __forceinline__ void dsa__cu_peer_arrive(uint32_t bar)
+{
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(bar) : "memory");
+}
+static __device__ __forceinline__ void dsa__cu_cluster_sync(void)
+{
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+/* q of a unit into its place, by the 128 threads of the producer. It is free once both warpgroups have scored the last leaf before. */
+template <int ROPE>
+static __device__ __forceinline__ void dsa__cu_produce_q(const dsa__cu_attend &A, const dsa__cu_unit &U, uint32_t base, uint32_t q_full, uint32_t q_free, int turn)
+{
+    constexpr int DIM = 512 + ROPE;
+    const int u = threadIdx.x & 7;
+    const __nv_bfloat16 *q = A.q16 + ((int64_t)U.row * A.n_heads + U.group * 64) * DIM + u * 8;
+    if (turn) dsa__cu_bar_wait(q_free, (turn + 1) & 1);
+#pragma unroll 1
+    for (int r = (threadIdx.x & 127) >> 3; r < 64; r += 16) {
+        const int on = U.group * 64 + r < A.n_heads;
+        const __nv_bfloat16 *from = on ? q + (int64_t)r * DIM : A.q16;
+        const uint32_t to = base + r * 128 + ((u ^ (r & 7)) << 4);
+#pragma unroll
+        for (int c = 0; c < DIM / 64; c++) dsa__cu_copy16(to + c * DSA__CU_CHUNK, from + (on ? c * 64 : 0), on);
+    }
+    dsa__cu_bar_arrive_copies(q_full);
+}
+
+template <int ROPE, bool SPLIT>
+static __device__ __forceinline__ void dsa__cu_produce_pair_bf16(const dsa__cu_attend &A, uint32_t kv, uint32_t full, uint32_t empty, uint32_t *valid)
+{
+    const int lane = threadIdx.x & 31, p = (threadIdx.x >> 5) & 3, sub = lane >> 3, unit16 = lane & 7;
     const uint32_t to = kv + (16 * p + sub) * 128;
-    const uint32_t even = to + ((unit ^ sub) << 4), odd = to + 512 + ((unit ^ (sub + 4)) << 4);           /* rows 4 j + sub, modulo 8 */
-    int32_t next[8];
+    const uint32_t even = to + ((unit16 ^ sub) << 4), odd = to + 512 + ((unit16 ^ (sub + 4)) << 4);       /* rows 4 j + sub, modulo 8 */
+    uint32_t it = 0;
+    int turn = 0;
+    for (int unit = blockIdx.x; unit < A.n_units; unit += gridDim.x) {
+        const dsa__cu_entries E = dsa__cu_entries_of(A, dsa__cu_unit_row(A, unit));
+        const dsa__cu_unit U = dsa__cu_unit_of<SPLIT>(A, unit, E.count);
+        int32_t next[8];
 #pragma unroll
-    for (int j = 0; j < 8; j++) next[j] = dsa__cu_entry(E, first * 128 + (j >> 2) * 64 + 16 * p + 4 * (j & 3) + sub);
-    for (int i = 0; i < last - first; i++) {
-        const unsigned char *from[8];
-        uint32_t bits[2] = { 0, 0 }, on = 0;
+        for (int j = 0; j < 8; j++) next[j] = dsa__cu_entry(E, U.first * 128 + (j >> 2) * 64 + 16 * p + 4 * (j & 3) + sub);
+        dsa__cu_produce_q<ROPE>(A, U, kv - dsa__cu_pair_smem::kv, empty + 72, empty + 80, turn++);
+        for (int i = 0; i < U.n; i++, it++) {
+            const unsigned char *from[8];
+            uint32_t bits[2] = { 0, 0 }, on = 0;
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            from[j] = dsa__cu_row(A, E, next[j]);
-            uint32_t v = __ballot_sync(~0u, from[j] != NULL);
-            bits[j >> 2] |= ((v & 1) | (v >> 7 & 2) | (v >> 14 & 4) | (v >> 21 & 8)) << (4 * (j & 3));
-            on |= (uint32_t)(from[j] != NULL) << j;
-            from[j] = (from[j] ? from[j] : E.data) + unit * 16;
-        }
-#pragma unroll
-        for (int j = 0; j < 8; j++) next[j] = dsa__cu_entry(E, (first + i + 1) * 128 + (j >> 2) * 64 + 16 * p + 4 * (j & 3) + sub);
-#pragma unroll
-        for (int g = 0; g < 4; g++) {
-#pragma unroll
-            for (int x = 0; x < (g == 0 && ROPE ? 3 : 2); x++) {
-                const int c = x == 2 ? 8 : g + 4 * x;
-                if (i > 0) dsa__cu_bar_wait(empty + 8 * c, (i + 1) & 1);
-#pragma unroll
-                for (int j = 0; j < 8; j++)
-                    dsa__cu_copy16((j & 1 ? odd : even) + (j >> 2) * dsa__cu_pair_smem::tile + c * DSA__CU_CHUNK + (j & 2) * 512, from[j] + c * 128, on >> j & 1);
+            for (int j = 0; j < 8; j++) {
+                from[j] = dsa__cu_row(A, E, next[j]);
+                uint32_t v = __ballot_sync(~0u, from[j] != NULL);
+                bits[j >> 2] |= ((v & 1) | (v >> 7 & 2) | (v >> 14 & 4) | (v >> 21 & 8)) << (4 * (j & 3));
+                on |= (uint32_t)(from[j] != NULL) << j;
+                from[j] = (from[j] ? from[j] : E.data) + unit16 * 16;
             }
-            if (g == 0) {
-                if (!ROPE && i > 0) dsa__cu_bar_wait(empty + 64, (i + 1) & 1);
-                if (lane == 0) {
-                    valid[p] = (unsigned short)bits[0];
-                    valid[4 + p] = (unsigned short)bits[1];
-                    dsa__cu_bar_arrive(full);
+#pragma unroll
+            for (int j = 0; j < 8; j++) next[j] = dsa__cu_entry(E, (U.first + i + 1) * 128 + (j >> 2) * 64 + 16 * p + 4 * (j & 3) + sub);
+#pragma unroll
+            for (int g = 0; g < 4; g++) {
+#pragma unroll
+                for (int x = 0; x < (g == 0 && ROPE ? 3 : 2); x++) {
+                    const int c = x == 2 ? 8 : g + 4 * x;
+                    if (it > 0) dsa__cu_bar_wait(empty + 8 * c, (it + 1) & 1);
+#pragma unroll
+                    for (int j = 0; j < 8; j++)
+                        dsa__cu_copy16((j & 1 ? odd : even) + (j >> 2) * dsa__cu_pair_smem::tile + c * DSA__CU_CHUNK + (j & 2) * 512, from[j] + c * 128, on >> j & 1);
                 }
+                if (g == 0) {
+                    if (!ROPE && it > 0) dsa__cu_bar_wait(empty + 64, (it + 1) & 1);
+                    if (lane == 0) {
+                        valid[p] = bits[0];
+                        valid[4 + p] = bits[1];
+                        dsa__cu_bar_arrive(full);
+                    }
+                }
+                dsa__cu_bar_arrive_copies(full + 8 * g);
             }
-            dsa__cu_bar_arrive_copies(full + 8 * g);
         }
     }
 }
 
-template <int ROPE>
-static __device__ __forceinline__ void dsa__cu_produce_pair_fp8(const dsa__cu_attend &A, const dsa__cu_entries &E, int first, int last,
-                                                                uint32_t kv, uint32_t full, uint32_t empty, unsigned short *valid)
+/* FP8: SLOTS rows of a leaf per thread, 4, or 2 in a cluster (tile `rank`, written to both blocks). v: the values of the next 4 / SLOTS
+   groups of chunks, on their way while others are widened. */
+template <int ROPE, bool SPLIT, bool TWO>
+static __device__ __forceinline__ void dsa__cu_produce_pair_fp8(const dsa__cu_attend &A, uint32_t kv, uint32_t full, uint32_t empty, uint32_t valid)
 {
-    const int lane = threadIdx.x & 31, p = (threadIdx.x >> 5) & 3, sub = lane >> 2, u = lane & 3, n = last - first;
-    const uint32_t to = kv + (16 * p + sub) * 128, to0 = to + (((2 * u) ^ sub) << 4), to1 = to + (((2 * u + 1) ^ sub) << 4);
-    uint4 v[8], scale[4];
-    const unsigned char *row[4];                         /* slot s: row 16 p + 8 (s % 2) + sub of tile s / 2 */
-    int32_t next[4];
-    if (n <= 0) return;
+    constexpr int SLOTS = TWO ? 2 : 4, AHEAD = 4 / SLOTS;
+    const int lane = threadIdx.x & 31, p = (threadIdx.x >> 5) & 3, sub = lane >> 2, u = lane & 3;
+    const uint32_t rank = TWO ? blockIdx.x & 1 : 0;
+    const uint32_t to = kv + rank * dsa__cu_pair_smem::tile + (16 * p + sub) * 128, to0 = to + (((2 * u) ^ sub) << 4), to1 = to + (((2 * u + 1) ^ sub) << 4);
+    const uint32_t far0 = TWO ? dsa__cu_peer(to0, rank ^ 1) : 0, far1 = TWO ? dsa__cu_peer(to1, rank ^ 1) : 0, far_full = TWO ? dsa__cu_peer(full, rank ^ 1) : 0;
+    uint32_t it = 0;
+    int turn = 0;
+    for (int unit = blockIdx.x; unit < A.n_units; unit += gridDim.x) {
+        const dsa__cu_entries E = dsa__cu_entries_of(A, dsa__cu_unit_row(A, unit));
+        const dsa__cu_unit U = dsa__cu_unit_of<SPLIT>(A, unit, E.count);
+        uint4 v[AHEAD][SLOTS][2], scale[SLOTS], rope[TWO ? SLOTS : 1][2];
+        const unsigned char *row[SLOTS];                 /* slot s: row 16 p + 8 (s % 2) + sub of tile rank + s / 2 */
+        int32_t next[SLOTS];
+        if (U.n <= 0) { dsa__cu_produce_q<ROPE>(A, U, kv - dsa__cu_pair_smem::kv, empty + 72, empty + 80, turn++); continue; }
 #pragma unroll
-    for (int s = 0; s < 4; s++) row[s] = dsa__cu_row(A, E, dsa__cu_entry(E, first * 128 + (s >> 1) * 64 + 16 * p + 8 * (s & 1) + sub));
+        for (int s = 0; s < SLOTS; s++) next[s] = dsa__cu_entry(E, U.first * 128 + (rank + (s >> 1)) * 64 + 16 * p + 8 * (s & 1) + sub);
 #pragma unroll
-    for (int s = 0; s < 4; s++) {
-        next[s] = dsa__cu_entry(E, (first + 1) * 128 + (s >> 1) * 64 + 16 * p + 8 * (s & 1) + sub);
-        dsa__cu_prefetch_fp8(row[s], u);
-    }
+        for (int s = 0; s < SLOTS; s++) row[s] = dsa__cu_row(A, E, next[s]);
 #pragma unroll
-    for (int s = 0; s < 4; s++) {
-#pragma unroll
-        for (int x = 0; x < 2; x++) v[2 * s + x] = dsa__cu_load16(row[s] + 256 * x + 16 * u, row[s] != NULL);
-        scale[s] = dsa__cu_load16(row[s] + 512, row[s] != NULL);
-    }
-    for (int i = 0; i < n; i++) {
-        uint32_t bits[2] = { 0, 0 };
-#pragma unroll
-        for (int s = 0; s < 4; s++) {
-            uint32_t ball = __ballot_sync(~0u, row[s] != NULL && u == 0);
-#pragma unroll
-            for (int j = 0; j < 8; j++) bits[s >> 1] |= (ball >> (4 * j) & 1) << (8 * (s & 1) + j);
+        for (int s = 0; s < SLOTS; s++) {
+            next[s] = dsa__cu_entry(E, (U.first + 1) * 128 + (rank + (s >> 1)) * 64 + 16 * p + 8 * (s & 1) + sub);
+            if (!TWO) dsa__cu_prefetch_fp8(row[s], u);
         }
-        if (i > 0) dsa__cu_bar_wait(empty + 64, (i + 1) & 1);
-        if (ROPE) {
 #pragma unroll
-            for (int s = 0; s < 4; s++) {
-                const unsigned char *from = row[s] ? row[s] + 528 + 32 * u : E.data;
-                const int at = (s >> 1) * dsa__cu_pair_smem::tile + 8 * DSA__CU_CHUNK + (s & 1) * 1024;
-                dsa__cu_copy16(to0 + at, from, row[s] != NULL);
-                dsa__cu_copy16(to1 + at, from + 16, row[s] != NULL);
+        for (int d = 0; d < AHEAD; d++)
+#pragma unroll
+            for (int s = 0; s < SLOTS; s++)
+#pragma unroll
+                for (int x = 0; x < 2; x++) v[d][s][x] = dsa__cu_load16(row[s] + 256 * x + 64 * d + 16 * u, row[s] != NULL);
+#pragma unroll
+        for (int s = 0; s < SLOTS; s++) {
+            scale[s] = dsa__cu_load16(row[s] + 512, row[s] != NULL);
+            if (TWO && ROPE) {
+                rope[s][0] = dsa__cu_load16(row[s] + 528 + 32 * u, row[s] != NULL);
+                rope[s][1] = dsa__cu_load16(row[s] + 544 + 32 * u, row[s] != NULL);
             }
-            dsa__cu_bar_arrive_copies(full);
         }
-        if (lane == 0) { valid[p] = (unsigned short)bits[0]; valid[4 + p] = (unsigned short)bits[1]; }
+        dsa__cu_produce_q<ROPE>(A, U, kv - dsa__cu_pair_smem::kv, empty + 72, empty + 80, turn++);
+        for (int i = 0; i < U.n; i++, it++) {
+            uint32_t bits[2] = { 0, 0 };
 #pragma unroll
-        for (int g = 0; g < 4; g++) {
-            if (g == 3) {                                /* what is loaded from here on belongs to the next leaf */
+            for (int s = 0; s < SLOTS; s++) {
+                uint32_t ball = __ballot_sync(~0u, row[s] != NULL && u == 0);
 #pragma unroll
-                for (int s = 0; s < 4; s++) row[s] = i + 1 < n ? dsa__cu_row(A, E, next[s]) : NULL;
+                for (int j = 0; j < 8; j++) bits[s >> 1] |= (ball >> (4 * j) & 1) << (8 * (s & 1) + j);
+            }
+            if (it > 0) dsa__cu_bar_wait(empty + 64, (it + 1) & 1);
+            if (ROPE) {
 #pragma unroll
-                for (int s = 0; s < 4; s++) {
-                    next[s] = dsa__cu_entry(E, (first + i + 2) * 128 + (s >> 1) * 64 + 16 * p + 8 * (s & 1) + sub);
-                    dsa__cu_prefetch_fp8(row[s], u);
+                for (int s = 0; s < SLOTS; s++) {
+                    const int at = (s >> 1) * dsa__cu_pair_smem::tile + 8 * DSA__CU_CHUNK + (s & 1) * 1024;
+                    if (TWO) {
+                        dsa__cu_store16(to0 + at, rope[s][0]);
+                        dsa__cu_store16(to1 + at, rope[s][1]);
+                        dsa__cu_peer_store16(far0 + at, rope[s][0], far_full);
+                        dsa__cu_peer_store16(far1 + at, rope[s][1], far_full);
+                    } else {
+                        const unsigned char *from = row[s] ? row[s] + 528 + 32 * u : E.data;
+                        dsa__cu_copy16(to0 + at, from, row[s] != NULL);
+                        dsa__cu_copy16(to1 + at, from + 16, row[s] != NULL);
+                    }
+                }
+                if (!TWO) dsa__cu_bar_arrive_copies(full);
+            }
+            if (lane == 0) {
+#pragma unroll
+                for (int t = 0; t < SLOTS / 2; t++) {
+                    const uint32_t at = valid + 16 * (rank + t) + 4 * p;
+                    asm volatile("st.shared.u32 [%0], %1;" :: "r"(at), "r"(bits[t]) : "memory");
+                    if (TWO) dsa__cu_peer_store4(dsa__cu_peer(at, rank ^ 1), bits[t], far_full);
                 }
             }
-            if (i > 0) {
-                dsa__cu_bar_wait(empty + 8 * g, (i + 1) & 1);
-                dsa__cu_bar_wait(empty + 8 * (g + 4), (i + 1) & 1);
-            }
 #pragma unroll
-            for (int s = 0; s < 4; s++) {
+            for (int g = 0; g < 4; g++) {
+                if (g == 4 - AHEAD) {                    /* what is loaded from here on belongs to the next leaf */
 #pragma unroll
-                for (int x = 0; x < 2; x++) {
-                    const uint4 w = v[2 * s + x];
-                    const float f = __uint_as_float(x ? g < 2 ? scale[s].z : scale[s].w : g < 2 ? scale[s].x : scale[s].y);
-                    const uint2 a0 = dsa__cu_widen4(w.x, f), a1 = dsa__cu_widen4(w.y, f), a2 = dsa__cu_widen4(w.z, f), a3 = dsa__cu_widen4(w.w, f);
-                    const int at = (s >> 1) * dsa__cu_pair_smem::tile + (g + 4 * x) * DSA__CU_CHUNK + (s & 1) * 1024;
-                    v[2 * s + x] = dsa__cu_load16(row[s] + 256 * x + (g + 1) % 4 * 64 + 16 * u, row[s] != NULL);
-                    dsa__cu_store16(to0 + at, make_uint4(a0.x, a0.y, a1.x, a1.y));
-                    dsa__cu_store16(to1 + at, make_uint4(a2.x, a2.y, a3.x, a3.y));
+                    for (int s = 0; s < SLOTS; s++) row[s] = i + 1 < U.n ? dsa__cu_row(A, E, next[s]) : NULL;
+#pragma unroll
+                    for (int s = 0; s < SLOTS; s++) {
+                        next[s] = dsa__cu_entry(E, (U.first + i + 2) * 128 + (rank + (s >> 1)) * 64 + 16 * p + 8 * (s & 1) + sub);
+                        if (!TWO) dsa__cu_prefetch_fp8(row[s], u);
+                    }
                 }
-                if (g == 3) scale[s] = dsa__cu_load16(row[s] + 512, row[s] != NULL);
+                if (it > 0) {
+                    dsa__cu_bar_wait(empty + 8 * g, (it + 1) & 1);
+                    dsa__cu_bar_wait(empty + 8 * (g + 4), (it + 1) & 1);
+                }
+#pragma unroll
+                for (int s = 0; s < SLOTS; s++) {
+#pragma unroll
+                    for (int x = 0; x < 2; x++) {
+                        const uint4 y = v[g % AHEAD][s][x];
+                        const float f = __uint_as_float(x ? g < 2 ? scale[s].z : scale[s].w : g < 2 ? scale[s].x : scale[s].y);
+                        const uint2 a0 = dsa__cu_widen4(y.x, f), a1 = dsa__cu_widen4(y.y, f), a2 = dsa__cu_widen4(y.z, f), a3 = dsa__cu_widen4(y.w, f);
+                        const int at = (s >> 1) * dsa__cu_pair_smem::tile + (g + 4 * x) * DSA__CU_CHUNK + (s & 1) * 1024;
+                        v[g % AHEAD][s][x] = dsa__cu_load16(row[s] + 256 * x + (g + AHEAD) % 4 * 64 + 16 * u, row[s] != NULL);
+                        dsa__cu_store16(to0 + at, make_uint4(a0.x, a0.y, a1.x, a1.y));
+                        dsa__cu_store16(to1 + at, make_uint4(a2.x, a2.y, a3.x, a3.y));
+                        if (TWO) {
+                            dsa__cu_peer_store16(far0 + at, make_uint4(a0.x, a0.y, a1.x, a1.y), far_full + 8 * g);
+                            dsa__cu_peer_store16(far1 + at, make_uint4(a2.x, a2.y, a3.x, a3.y), far_full + 8 * g);
+                        }
+                    }
+                    if (g == 3) {
+                        scale[s] = dsa__cu_load16(row[s] + 512, row[s] != NULL);
+                        if (TWO && ROPE) {
+                            rope[s][0] = dsa__cu_load16(row[s] + 528 + 32 * u, row[s] != NULL);
+                            rope[s][1] = dsa__cu_load16(row[s] + 544 + 32 * u, row[s] != NULL);
+                        }
+                    }
+                }
+                __syncwarp();
+                if (lane == 0) {                         /* a warp of the other block sends 16 rows of two chunks; with the first the rope and the bits */
+                    if (TWO) dsa__cu_bar_arrive_expect(full + 8 * g, 4096 + (g ? 0 : 16 * 2 * ROPE + 4));
+                    else dsa__cu_bar_arrive(full + 8 * g);
+                }
             }
-            dsa__cu_bar_arrive(full + 8 * g);
         }
     }
 }
 
-template <int ROPE, bool FP8, bool SPLIT>
+template <int ROPE, bool FP8, bool SPLIT, bool TWO>
 static __global__ void __launch_bounds__(384, 1) dsa__cu_attend_pair(const __grid_constant__ dsa__cu_attend A)
 {
     using S = dsa__cu_pair_smem;
     extern __shared__ __align__(1024) unsigned char smem[];
     const uint32_t base = dsa__cu_smem(smem), kv = base + S::kv, full = base + S::bars, empty = full + 32;
-    unsigned short *valid = (unsigned short *)(smem + S::valid);            /* [2] x 64 bits */
+    uint32_t *valid = (uint32_t *)(smem + S::valid);                        /* [2][4] x 16 bits */
+    const uint32_t q_full = empty + 72, q_free = empty + 80;
     const int tid = threadIdx.x, lane = tid & 31, w = __shfl_sync(~0u, tid >> 7, 0);
-    const int n_groups = (A.n_heads + 63) / 64;
-    int unit = blockIdx.x;
-    const int group = unit % n_groups;
-    unit /= n_groups;
-    const int chunk = unit % A.n_chunks, row = unit / A.n_chunks;
 
     if (tid == 0) {
-        for (int i = 0; i < 4; i++) dsa__cu_bar_init(full + 8 * i, i ? 128 : FP8 ? ROPE ? 256 : 128 : 132);
-        for (int i = 0; i < 9; i++) dsa__cu_bar_init(empty + 8 * i, i < 8 ? 4 : 8);
+        dsa__cu_bar_init(q_full, 128);
+        dsa__cu_bar_init(q_free, 8);
+        for (int i = 0; i < 4; i++) dsa__cu_bar_init(full + 8 * i, FP8 ? 4 + (!TWO && ROPE && i == 0 ? 128 : 0) : i ? 128 : 132);
+        for (int i = 0; i < 9; i++) dsa__cu_bar_init(empty + 8 * i, (i < 8 ? 4 : 8) * (TWO ? 2 : 1));
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
+    if (TWO) dsa__cu_cluster_sync();
     dsa__cu_wait_launch();
-    if (SPLIT) dsa__cu_let_launch();
-    const dsa__cu_entries E = dsa__cu_entries_of(A, row);
-    const int n_leaves = (E.count + 127) / 128;
-    const int first = SPLIT ? min(chunk * A.leaves_per_chunk, n_leaves) : 0;
-    const int last = SPLIT ? min(first + A.leaves_per_chunk, n_leaves) : n_leaves;
-    const int n = last - first;
+    if (SPLIT) dsa__cu_let_launch();                     /* the merge may take its place; it waits for our end */
 
     if (w == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(FP8 ? 104 : 88));
-        if (FP8) dsa__cu_produce_pair_fp8<ROPE>(A, E, first, last, kv, full, empty, valid);
-        else     dsa__cu_produce_pair_bf16<ROPE>(A, E, first, last, kv, full, empty, valid);
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(FP8 && !TWO ? 104 : 88));
+        if (FP8) dsa__cu_produce_pair_fp8<ROPE, SPLIT, TWO>(A, kv, full, empty, base + S::valid);
+        else     dsa__cu_produce_pair_bf16<ROPE, SPLIT>(A, kv, full, empty, valid);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(FP8 ? 200 : 208));
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(FP8 && !TWO ? 200 : 208));
         constexpr int DIM = 512 + ROPE;
-        const float scale = A.scale * DSA__CU_LOG2E;
-        const int head = group * 64 + 16 * ((tid >> 5) & 3) + (lane >> 2), me = tid & 127;                 /* and head + 8 */
-        {
-            const __nv_bfloat16 *q = A.q16 + ((int64_t)row * A.n_heads + group * 64) * DIM;
-            for (int i = tid; i < 64 * DIM / 8; i += 256) {
-                int r = i / (DIM / 8), u = i % (DIM / 8), on = group * 64 + r < A.n_heads;
-                dsa__cu_copy16(base + (u >> 3) * DSA__CU_CHUNK + r * 128 + (((u & 7) ^ (r & 7)) << 4), on ? q + (int64_t)r * DIM + u * 8 : A.q16, on);
-            }
-            dsa__cu_copy_commit();
-            dsa__cu_copy_wait<0>();
-            dsa__cu_proxy_fence();
-            dsa__cu_bar(1, 256);
-        }
-        float O[4][32], M0 = -INFINITY, M1 = -INFINITY, L0 = 0.0f, L1 = 0.0f;
+        const bool flip = A.scale < 0.0f;                                   /* the maximum is taken before the scale, so that must be positive */
+        const float scale = fabsf(A.scale) * DSA__CU_LOG2E;
+        const int me = tid & 127;
         const uint32_t qd = dsa__cu_desc(base), kd = dsa__cu_desc(kv + w * S::tile), vd = dsa__cu_desc(kv + w * 4 * DSA__CU_CHUNK);
         const uint32_t swap = base + S::swap + me * 8, p_mine = kv + w * S::tile + 8 * DSA__CU_CHUNK + me * 16;
         const uint32_t p_other = kv + (1 - w) * S::tile + 8 * DSA__CU_CHUNK + me * 16;
+        const uint32_t far_empty = TWO ? dsa__cu_peer(empty, (blockIdx.x & 1) ^ 1) : 0;
+        uint32_t it = 0;
+        int turn = 0;
+        for (int unit = blockIdx.x; unit < A.n_units; unit += gridDim.x) {
+            const dsa__cu_unit U = dsa__cu_unit_of<SPLIT>(A, unit, dsa__cu_entries_of(A, dsa__cu_unit_row(A, unit)).count);
+            const int head = U.group * 64 + 16 * ((tid >> 5) & 3) + (lane >> 2);                           /* and head + 8 */
+            dsa__cu_bar_wait(q_full, turn++ & 1);
+            if (U.n == 0) {
+                __syncwarp();
+                if (lane == 0) dsa__cu_bar_arrive(q_free);
+            }
+            float O[4][32], M0 = -INFINITY, M1 = -INFINITY, L0 = 0.0f, L1 = 0.0f;
 #pragma unroll
-        for (int c = 0; c < 4; c++)
+            for (int c = 0; c < 4; c++)
 #pragma unroll
-            for (int j = 0; j < 32; j++) O[c][j] = 0.0f;
+                for (int j = 0; j < 32; j++) O[c][j] = 0.0f;
 
-        for (int i = 0; i < n; i++) {
-            float m0 = -INFINITY, m1 = -INFINITY, l0 = 0.0f, l1 = 0.0f, a0 = 0.0f, a1 = 0.0f, b0 = 0.0f, b1 = 0.0f;
-            uint32_t p[8][4];                                               /* weights of both tiles, tile 0 first */
-            {
-                float s[32];
+            for (int i = 0; i < U.n; i++, it++) {
+                float m0 = -INFINITY, m1 = -INFINITY, l0 = 0.0f, l1 = 0.0f, a0 = 0.0f, a1 = 0.0f, b0 = 0.0f, b1 = 0.0f;
+                uint32_t p[8][4];                                           /* weights of both tiles, tile 0 first */
+                {
+                    float s[32];
 #pragma unroll
-                for (int k = 0; k < DIM / 16; k++) {
-                    const int c = k < 32 ? (k >> 3) + (k & 4) : 8, at = (c * DSA__CU_CHUNK + (k & 3) * 32) >> 4;
-                    if (k % 8 == 0 && k < 32) {
-                        dsa__cu_bar_wait(full + k, i & 1);
-                        dsa__cu_proxy_fence();
-                        dsa__cu_wgmma_fence();
+                    for (int k = 0; k < DIM / 16; k++) {
+                        const int c = k < 32 ? (k >> 3) + (k & 4) : 8, at = (c * DSA__CU_CHUNK + (k & 3) * 32) >> 4;
+                        if (k % 8 == 0 && k < 32) {
+                            dsa__cu_bar_wait(full + k, it & 1);
+                            dsa__cu_proxy_fence();
+                            dsa__cu_wgmma_fence();
+                        }
+                        dsa__cu_wgmma_ss(s, qd + at, kd + at, k > 0);
+                        if (k % 8 == 7 || k == DIM / 16 - 1) dsa__cu_wgmma_commit();
                     }
-                    dsa__cu_wgmma_ss(s, qd + at, kd + at, k > 0);
-                    if (k % 8 == 7 || k == DIM / 16 - 1) dsa__cu_wgmma_commit();
-                }
-                dsa__cu_wgmma_wait<0>();
-                const uint64_t all = *(volatile uint64_t *)(valid + 4 * w), bits = all >> (2 * (lane & 3));
-#pragma unroll
-                for (int j = 0; j < 32; j++) s[j] *= scale;
-                if (all != ~(uint64_t)0) {
-#pragma unroll
-                    for (int j = 0; j < 32; j++) if (!(bits >> (8 * (j >> 2) + (j & 1)) & 1)) s[j] = -INFINITY;
-                }
-#pragma unroll
-                for (int j = 0; j < 32; j += 4) {
-                    m0 = fmaxf(m0, fmaxf(s[j], s[j + 1]));
-                    m1 = fmaxf(m1, fmaxf(s[j + 2], s[j + 3]));
-                }
-                m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 1)); m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 2));
-                m1 = fmaxf(m1, __shfl_xor_sync(~0u, m1, 1)); m1 = fmaxf(m1, __shfl_xor_sync(~0u, m1, 2));
-                dsa__cu_store8(swap + w * 1024, m0, m1);
-                dsa__cu_bar(1, 256);
-                const float2 o = dsa__cu_read8(swap + (1 - w) * 1024);
-                m0 = fmaxf(m0, o.x);
-                m1 = fmaxf(m1, o.y);
-                const float z0 = m0 == -INFINITY ? 0.0f : m0, z1 = m1 == -INFINITY ? 0.0f : m1;
-                uint32_t mine[4][4];
-#pragma unroll
-                for (int k = 0; k < 4; k++) {
-#pragma unroll
-                    for (int t = 0; t < 2; t++) {
-                        const float *x = s + 8 * k + 4 * t;
-                        float e0 = dsa__cu_exp2(x[0] - z0), e1 = dsa__cu_exp2(x[1] - z0), f0 = dsa__cu_exp2(x[2] - z1), f1 = dsa__cu_exp2(x[3] - z1);
-                        l0 += e0 + e1;
-                        l1 += f0 + f1;
-                        mine[k][2 * t] = dsa__cu_pack(e0, e1);
-                        mine[k][2 * t + 1] = dsa__cu_pack(f0, f1);
+                    dsa__cu_wgmma_wait<0>();
+                    if (i == U.n - 1) {
+                        __syncwarp();
+                        if (lane == 0) dsa__cu_bar_arrive(q_free);
                     }
-                    dsa__cu_store16(p_mine + k * 2048, make_uint4(mine[k][0], mine[k][1], mine[k][2], mine[k][3]));
-                }
-                l0 += __shfl_xor_sync(~0u, l0, 1); l0 += __shfl_xor_sync(~0u, l0, 2);
-                l1 += __shfl_xor_sync(~0u, l1, 1); l1 += __shfl_xor_sync(~0u, l1, 2);
-                dsa__cu_store8(swap + 2048 + w * 1024, l0, l1);
-                dsa__cu_bar(1, 256);
-                const float2 r = dsa__cu_read8(swap + 2048 + (1 - w) * 1024);
-                l0 = l0 + r.x;                                              /* the same either way round */
-                l1 = l1 + r.y;
+                    const uint4 set = dsa__cu_read16(base + S::valid + 16 * w);
+                    const uint64_t all = (uint64_t)(set.z | set.w << 16) << 32 | (set.x | set.y << 16);
+                    if (flip) {
 #pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    uint4 v = dsa__cu_read16(p_other + k * 2048);
-                    const uint32_t other[4] = { v.x, v.y, v.z, v.w };
+                        for (int j = 0; j < 32; j++) s[j] = -s[j];
+                    }
+                    if (all != ~(uint64_t)0) {
+                        const uint64_t bits = all >> (2 * (lane & 3));
 #pragma unroll
-                    for (int t = 0; t < 4; t++) {
-                        p[k][t] = w ? other[t] : mine[k][t];
-                        p[4 + k][t] = w ? mine[k][t] : other[t];
+                        for (int j = 0; j < 32; j++) if (!(bits >> (8 * (j >> 2) + (j & 1)) & 1)) s[j] = -INFINITY;
+                    }
+#pragma unroll
+                    for (int j = 0; j < 32; j += 4) {
+                        m0 = fmaxf(m0, fmaxf(s[j], s[j + 1]));
+                        m1 = fmaxf(m1, fmaxf(s[j + 2], s[j + 3]));
+                    }
+                    m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 1)); m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 2));
+                    m1 = fmaxf(m1, __shfl_xor_sync(~0u, m1, 1)); m1 = fmaxf(m1, __shfl_xor_sync(~0u, m1, 2));
+                    dsa__cu_store8(swap + w * 1024, m0, m1);
+                    dsa__cu_bar(1, 256);
+                    const float2 o = dsa__cu_read8(swap + (1 - w) * 1024);
+                    m0 = __fmul_rn(fmaxf(m0, o.x), scale);
+                    m1 = __fmul_rn(fmaxf(m1, o.y), scale);
+                    const float z0 = m0 == -INFINITY ? 0.0f : -m0, z1 = m1 == -INFINITY ? 0.0f : -m1;
+                    uint32_t mine[4][4];
+#pragma unroll
+                    for (int k = 0; k < 4; k++) {
+#pragma unroll
+                        for (int t = 0; t < 2; t++) {
+                            const float *x = s + 8 * k + 4 * t;
+                            float e0 = dsa__cu_exp2(__fmaf_rn(x[0], scale, z0)), e1 = dsa__cu_exp2(__fmaf_rn(x[1], scale, z0));
+                            float f0 = dsa__cu_exp2(__fmaf_rn(x[2], scale, z1)), f1 = dsa__cu_exp2(__fmaf_rn(x[3], scale, z1));
+                            l0 += e0 + e1;
+                            l1 += f0 + f1;
+                            mine[k][2 * t] = dsa__cu_pack(e0, e1);
+                            mine[k][2 * t + 1] = dsa__cu_pack(f0, f1);
+                        }
+                        dsa__cu_store16(p_mine + k * 2048, make_uint4(mine[k][0], mine[k][1], mine[k][2], mine[k][3]));
+                    }
+                    l0 += __shfl_xor_sync(~0u, l0, 1); l0 += __shfl_xor_sync(~0u, l0, 2);
+                    l1 += __shfl_xor_sync(~0u, l1, 1); l1 += __shfl_xor_sync(~0u, l1, 2);
+                    dsa__cu_store8(swap + 2048 + w * 1024, l0, l1);
+                    dsa__cu_bar(1, 256);
+                    const float2 r = dsa__cu_read8(swap + 2048 + (1 - w) * 1024);
+                    l0 = l0 + r.x;                                          /* the same either way round */
+                    l1 = l1 + r.y;
+#pragma unroll
+                    for (int k = 0; k < 4; k++) {
+                        uint4 v = dsa__cu_read16(p_other + k * 2048);
+                        const uint32_t other[4] = { v.x, v.y, v.z, v.w };
+#pragma unroll
+                        for (int t = 0; t < 4; t++) {
+                            p[k][t] = w ? other[t] : mine[k][t];
+                            p[4 + k][t] = w ? mine[k][t] : other[t];
+                        }
+                    }
+                    __syncwarp();
+                    if (lane == 0) {
+                        dsa__cu_bar_arrive(empty + 64);
+                        if (TWO) dsa__cu_peer_arrive(far_empty + 64);
                     }
                 }
-                __syncwarp();
-                if (lane == 0) dsa__cu_bar_arrive(empty + 64);
-            }
-            const int64_t at = SPLIT ? ((int64_t)row * A.n_leaves + first + i) * A.n_heads + head : 0;
-            if (SPLIT) {
-                if (w == 0 && (lane & 3) == 0) {
-                    if (head < A.n_heads)     *(float2 *)(A.stats + 2 * at)       = make_float2(m0, l0);
-                    if (head + 8 < A.n_heads) *(float2 *)(A.stats + 2 * (at + 8)) = make_float2(m1, l1);
-                }
-            } else {
-                dsa__cu_fold(M0, L0, m0, l0, a0, b0);
-                dsa__cu_fold(M1, L1, m1, l1, a1, b1);
-            }
-            const bool same = __all_sync(~0u, a0 == 1.0f && a1 == 1.0f);
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                float x[32], *o = O[c];
-                dsa__cu_wgmma_fence();
-#pragma unroll
-                for (int k = 0; k < 8; k++) dsa__cu_wgmma_rs(x, p[k], vd + (((k >> 2) * S::tile + c * DSA__CU_CHUNK + (k & 3) * 2048) >> 4), k > 0);
-                dsa__cu_wgmma_commit();
-                dsa__cu_wgmma_wait<0>();
-                __syncwarp();
-                if (lane == 0) dsa__cu_bar_arrive(empty + 8 * (4 * w + c));
+                const int64_t at = SPLIT ? ((int64_t)U.row * A.n_leaves + U.first + i) * A.n_heads + head : 0;
                 if (SPLIT) {
-                    float *to = A.parts + at * 512 + w * 256 + c * 64 + 2 * (lane & 3);
-#pragma unroll
-                    for (int j = 0; j < 8; j++) {
-                        if (head < A.n_heads)     *(float2 *)(to + 8 * j)           = make_float2(x[4 * j], x[4 * j + 1]);
-                        if (head + 8 < A.n_heads) *(float2 *)(to + 8 * j + 8 * 512) = make_float2(x[4 * j + 2], x[4 * j + 3]);
+                    if (w == 0 && (lane & 3) == 0) {
+                        if (head < A.n_heads)     *(float2 *)(A.stats + 2 * at)       = make_float2(m0, l0);
+                        if (head + 8 < A.n_heads) *(float2 *)(A.stats + 2 * (at + 8)) = make_float2(m1, l1);
                     }
                 } else {
-                    if (!same) {
+                    dsa__cu_fold(M0, L0, m0, l0, a0, b0);
+                    dsa__cu_fold(M1, L1, m1, l1, a1, b1);
+                }
+                const bool same = __all_sync(~0u, a0 == 1.0f && a1 == 1.0f);
 #pragma unroll
-                        for (int j = 0; j < 32; j++) o[j] = __fmul_rn(j & 2 ? a1 : a0, o[j]);
+                for (int c = 0; c < 4; c++) {
+                    float x[32], *o = O[c];
+                    dsa__cu_wgmma_fence();
+#pragma unroll
+                    for (int k = 0; k < 8; k++) dsa__cu_wgmma_rs(x, p[k], vd + (((k >> 2) * S::tile + c * DSA__CU_CHUNK + (k & 3) * 2048) >> 4), k > 0);
+                    dsa__cu_wgmma_commit();
+                    dsa__cu_wgmma_wait<0>();
+                    __syncwarp();
+                    if (lane == 0) {
+                        dsa__cu_bar_arrive(empty + 8 * (4 * w + c));
+                        if (TWO) dsa__cu_peer_arrive(far_empty + 8 * (4 * w + c));
                     }
+                    if (SPLIT) {
+                        float *to = A.parts + at * 512 + w * 256 + c * 64 + 2 * (lane & 3);
+                        if (head < A.n_heads) {
 #pragma unroll
-                    for (int j = 0; j < 32; j++) o[j] = __fmaf_rn(j & 2 ? b1 : b0, x[j], o[j]);
+                            for (int j = 0; j < 8; j++) *(float2 *)(to + 8 * j) = make_float2(x[4 * j], x[4 * j + 1]);
+                        }
+                        if (head + 8 < A.n_heads) {
+#pragma unroll
+                            for (int j = 0; j < 8; j++) *(float2 *)(to + 8 * j + 8 * 512) = make_float2(x[4 * j + 2], x[4 * j + 3]);
+                        }
+                    } else {
+                        if (!same) {
+#pragma unroll
+                            for (int j = 0; j < 32; j++) o[j] = __fmul_rn(j & 2 ? a1 : a0, o[j]);
+                        }
+#pragma unroll
+                        for (int j = 0; j < 32; j++) o[j] = __fmaf_rn(j & 2 ? b1 : b0, x[j], o[j]);
+                    }
                 }
             }
+            if (!SPLIT) dsa__cu_attend_end(A, O, M0, M1, L0, L1, U.row, U.group, w);
         }
-        if (SPLIT) return;
-        dsa__cu_attend_end<S::kv>(A, O, M0, M1, L0, L1, row, group, w);
     }
+    if (TWO) dsa__cu_cluster_sync();                     /* nobody leaves while the other block may still reach for its memory */
 }
 #else
 template <int ROPE, bool FP8, bool SPLIT>
 static __global__ void dsa__cu_attend_hopper(const __grid_constant__ dsa__cu_attend A) { (void)A; }
-template <int ROPE, bool FP8, bool SPLIT>
+template <int ROPE, bool FP8, bool SPLIT, bool TWO>
 static __global__ void dsa__cu_attend_pair(const __grid_constant__ dsa__cu_attend A) { (void)A; }
 #endif
 
@@ -3023,7 +3221,7 @@ static int dsa__cu_attend_is_hopper(const dsa__cu *g, const dsa__cu_attend *A)
 
 static int dsa__cu_attend_leaf(const dsa__cu *g, const dsa__cu_attend *A)
 {
-    return !dsa__cu_attend_is_hopper(g, A) ? DSA__CU_LEAF_PORTABLE : A->pool.format == DSA_BF16 ? 128 : DSA__CU_LEAF_HOPPER;
+    return dsa__cu_attend_is_hopper(g, A) ? DSA__CU_LEAF_HOPPER : DSA__CU_LEAF_PORTABLE;
 }
 
 #define DSA__CU_PARTS_MOST ((size_t)128 << 20)
@@ -3036,7 +3234,7 @@ static int dsa__cu_attend_takes(const dsa__cu *g, const dsa__cu_attend *A)
            A->dim_v % 8 == 0 && A->dim_v <= 512 && R + r <= 576 && (!A->q_bf16 || ((uintptr_t)A->q & 15) == 0) && (((uintptr_t)A->pool.data | A->pool.row_stride | A->pool.page_stride) & 3) == 0 &&
            A->batch.n_rows * ((A->n_heads + 31) / 32) * (int64_t)(g->n_sm + 1) < INT32_MAX &&
            (A->pool.format != DSA_FP8 || R + (R + 127) / 128 * 4 + 2 * r <= (R + r <= 320 && A->dim_v <= 256
-                ? dsa__cu_portable_smem<320, true, 1>::raw_row : dsa__cu_portable_smem<576, true, 1>::raw_row));
+                ? dsa__cu_portable_smem<320>::raw_row : dsa__cu_portable_smem<576>::raw_row));
 }
 
 /* Blocks that share a row's list: fills n_chunks, leaves_per_chunk, n_leaves and returns the bytes of workspace (0: no sharing). Sharing pays
@@ -3061,17 +3259,19 @@ static size_t dsa__cu_attend_plan(const dsa__cu *g, dsa__cu_attend *A)
     return 0;
 }
 
-template <typename F> static cudaError_t dsa__cu_launch(F f, dim3 grid, int block, size_t smem, cudaStream_t stream, int overlap, void **args)
+template <typename F> static cudaError_t dsa__cu_launch(F f, dim3 grid, int block, size_t smem, cudaStream_t stream, int overlap, int cluster, void **args)
 {
     cudaLaunchConfig_t c = {};
-    cudaLaunchAttribute at[1];
+    cudaLaunchAttribute at[2];
     cudaError_t err = smem > 48 * 1024 ? cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem) : cudaSuccess;
     if (err != cudaSuccess) return err;
     c.gridDim = grid; c.blockDim = dim3((unsigned)block); c.dynamicSmemBytes = smem; c.stream = stream;
     at[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     at[0].val.programmaticStreamSerializationAllowed = overlap;
     c.attrs = at;
-    c.numAttrs = overlap ? 1 : 0;
+    at[1].id = cudaLaunchAttributeClusterDimension;
+    at[1].val.clusterDim.x = (unsigned)cluster; at[1].val.clusterDim.y = 1; at[1].val.clusterDim.z = 1;
+    c.numAttrs = cluster > 1 ? 2 : overlap ? 1 : 0;
     return cudaLaunchKernelExC(&c, (const void *)f, args);
 }
 
@@ -3090,28 +3290,32 @@ static cudaError_t dsa__cu_attend_run(const dsa__cu *g, const dsa__cu_attend *ca
     A.parts = (float *)workspace;
     A.stats = split ? A.parts + (size_t)A.batch.n_rows * A.n_leaves * A.n_heads * A.dim_v : NULL;
     if (hopper) {
-#define DSA__CU_GO(ROPE, F, SP) leaf == 128 \
-        ? dsa__cu_launch(dsa__cu_attend_pair<ROPE, F, SP>, dim3((unsigned)grid), 384, dsa__cu_pair_smem::bytes, stream, 1, args) \
-        : dsa__cu_launch(dsa__cu_attend_hopper<ROPE, F, SP>, dim3((unsigned)grid), 384, dsa__cu_hopper_smem::bytes, stream, 1, args)
+        const int groups = (A.n_heads + 63) / 64, two = fp8 && groups == 2;
+        const int64_t all = grid < g->n_sm ? grid : two ? g->n_sm & ~1 : g->n_sm;                    /* blocks that stay */
+        A.n_units = (int32_t)grid;
+#define DSA__CU_GO(ROPE, F, SP) F && two \
+        ? dsa__cu_launch(dsa__cu_attend_pair<ROPE, F, SP, F>, dim3((unsigned)all), 384, dsa__cu_pair_smem::bytes, stream, 1, 2, args) \
+        : dsa__cu_launch(dsa__cu_attend_pair<ROPE, F, SP, false>, dim3((unsigned)all), 384, dsa__cu_pair_smem::bytes, stream, 1, 1, args)
         if (A.pool.dim_rope) err = fp8 ? split ? DSA__CU_GO(64, true, true) : DSA__CU_GO(64, true, false) : split ? DSA__CU_GO(64, false, true) : DSA__CU_GO(64, false, false);
         else            err = fp8 ? split ? DSA__CU_GO(0, true, true) : DSA__CU_GO(0, true, false) : split ? DSA__CU_GO(0, false, true) : DSA__CU_GO(0, false, false);
 #undef DSA__CU_GO
     } else {
-#define DSA__CU_GO(DQ, DV, F, SP, STAGES) dsa__cu_launch(dsa__cu_attend_portable<DQ, DV, F, SP, STAGES>, dim3((unsigned)grid), 256, \
-        dsa__cu_portable_smem<DQ, F, STAGES>::bytes, stream, g->capability >= 90, args)
-        const int small = D <= 320 && A.dim_v <= 256, one = !small && (size_t)g->shared < dsa__cu_portable_smem<576, false, 2>::bytes;
-        if (fp8 && A.pool.dim + (A.pool.dim + 127) / 128 * 4 + 2 * A.pool.dim_rope > (small ? dsa__cu_portable_smem<320, true, 1>::raw_row : dsa__cu_portable_smem<576, true, 1>::raw_row))
+#define DSA__CU_GO(DQ, DV, F, SP, MLA) dsa__cu_launch(dsa__cu_attend_portable<DQ, DV, F, SP, MLA>, dim3((unsigned)grid), 256, \
+        (F ? dsa__cu_portable_smem<DQ>::bytes_fp8 : dsa__cu_portable_smem<DQ>::bytes_bf16), stream, g->capability >= 90, 1, args)
+        const int small = D <= 320 && A.dim_v <= 256;
+        if (fp8 && A.pool.dim + (A.pool.dim + 127) / 128 * 4 + 2 * A.pool.dim_rope > (small ? dsa__cu_portable_smem<320>::raw_row : dsa__cu_portable_smem<576>::raw_row))
             return cudaErrorInvalidValue;
-        if (small)    err = fp8 ? split ? DSA__CU_GO(320, 256, true, true, 1) : DSA__CU_GO(320, 256, true, false, 1)
-                                : split ? DSA__CU_GO(320, 256, false, true, 2) : DSA__CU_GO(320, 256, false, false, 2);
-        else if (fp8) err = split ? DSA__CU_GO(576, 512, true, true, 1) : DSA__CU_GO(576, 512, true, false, 1);
-        else if (one) err = split ? DSA__CU_GO(576, 512, false, true, 1) : DSA__CU_GO(576, 512, false, false, 1);
-        else          err = split ? DSA__CU_GO(576, 512, false, true, 2) : DSA__CU_GO(576, 512, false, false, 2);
+#define DSA__CU_GO4(DQ, DV, MLA) (fp8 ? split ? DSA__CU_GO(DQ, DV, true, true, MLA) : DSA__CU_GO(DQ, DV, true, false, MLA) \
+                                      : split ? DSA__CU_GO(DQ, DV, false, true, MLA) : DSA__CU_GO(DQ, DV, false, false, MLA))
+        if (small) err = DSA__CU_GO4(320, 256, false);
+        else if (A.pool.dim == 512 && A.pool.dim_rope == 64 && A.dim_v == 512) err = DSA__CU_GO4(576, 512, true);
+        else err = DSA__CU_GO4(576, 512, false);
+#undef DSA__CU_GO4
 #undef DSA__CU_GO
     }
     if (err != cudaSuccess || !split) return err;
     args[1] = &leaf;
-    return dsa__cu_launch(dsa__cu_attend_merge, dim3((unsigned)(A.batch.n_rows * A.n_heads)), (A.dim_v / 4 + 31) / 32 * 32, (size_t)A.n_leaves * 8, stream, g->capability >= 90, args);
+    return dsa__cu_launch(dsa__cu_attend_merge, dim3((unsigned)(A.batch.n_rows * A.n_heads)), (A.dim_v / 4 + 31) / 32 * 32, (size_t)A.n_leaves * 8, stream, g->capability >= 90, 1, args);
 }
 
 /* ============================================================================================
@@ -3212,7 +3416,7 @@ static void dsa__cu_begin_launch(const dsa__cu_batch *b, const dsa__cu_append *l
     if (index) x = *index;
     if (queries) q = *queries;
     if (convert) c = *convert;
-    int64_t n = l.n + x.n + q.n + (c.n + 1023) / 1024;
+    int64_t n = l.n + x.n + q.n_blocks + (c.n + 1023) / 1024;
     if (n > 0) dsa__cu_begin<<<(unsigned)n, 128, 0, stream>>>(*b, l, x, q, c);
 }
 
@@ -3291,14 +3495,17 @@ static void dsa__cu_score_plan(const dsa__cu *g, dsa__cu_score_call *c, dsa__cu_
     else c->sel.sort = (uint64_t *)dsa__cu_take(arena, c->tile, dsa__cu_sort_bytes(&c->sel), 1);
 }
 
+/* Prepared queries that the fast kernel may read where they are. */
+static int dsa__cu_in_place(const dsa__cu_score_call *c) { return c->q_type == DSA_FP8 && c->fast && ((uintptr_t)c->q & 15) == 0; }
+
 /* Tensor cores' part of a tile: rows [row, row + n) of the call. clear: counters of the selection behind it. */
 static cudaError_t dsa__cu_score_fast(const dsa__cu *g, const dsa__cu_score_call *c, float *I, int64_t row, int64_t n, uint32_t *clear, size_t n_clear,
                                       cudaStream_t stream)
 {
     dsa__cu_index_args a;
     memset(&a, 0, sizeof a);
-    a.q = c->x;
-    a.w = c->v;
+    a.q = dsa__cu_in_place(c) ? (const unsigned char *)c->q + row * c->n_heads * c->pool.dim : c->x;
+    a.w = dsa__cu_in_place(c) ? c->w + row * c->n_heads : c->v;
     a.pages = c->pool.data;
     a.scales = c->pool.scales;
     a.page_stride = (int64_t)c->pool.page_stride;
@@ -3346,6 +3553,8 @@ static dsa__cu_queries dsa__cu_queries_of(const dsa__cu_score_call *c, int64_t r
     q.ranges = c->ranges;
     q.row0 = row;
     q.n = n * c->n_heads;
+    q.per = dsa__cu_in_place(c) ? 0 : c->pool.planar && c->pool.dim == 128 && c->q_type != DSA_FP8 ? 4 : 1;
+    q.n_blocks = q.per ? (q.n + q.per - 1) / q.per : (n + 127) / 128;
     return q;
 }
 

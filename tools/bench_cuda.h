@@ -360,7 +360,7 @@ static void cuda_scoring(cuda_bench *b, const char *name, int select, int32_t n_
     c.n_cols = len;
     if (!select) c.scores = (float *)cuda_alloc(b, (size_t)(n_rows * len) * 4);
     /* the last rows again, by ranges of their own */
-    dsa_cuda_score_args few = c.a[0];
+    dsa_cuda_score_args few = c.a[select ? 0 : sets - 1];    /* plain scores are the last set's */
     int64_t m = n_rows < CUDA_ROWS_CHECKED ? n_rows : CUDA_ROWS_CHECKED, from = n_seqs > 1 ? 0 : n_rows - m;
     few.batch.n_rows = m;
     few.batch.n_seqs = n_seqs > 1 ? (int32_t)m : 1;

@@ -52,7 +52,7 @@ help:
 tools: $(TOOLS)
 
 demo: build/demo
-	build/demo
+	build/demo $(if $(CUDA),--cuda auto)
 
 test: build/test
 	build/test
@@ -87,6 +87,9 @@ build/dsa_cuda.o: dsa_cuda.cu dsa.h build/cuda_flags
 
 build/test_cuda: tests/test_cuda.c build/impl.o build/dsa_cuda.o $(TEST_HEADERS)
 	$(BUILD) -isystem $(CUDA_ROOT)/include -o $@ $< build/impl.o $(CUDA_LINK) $(LIBS)
+
+build/06_cuda_decode: examples/06_cuda_decode.c dsa.h build/dsa_cuda.o build/flags
+	$(BUILD) -DDSA_CUDA -o $@ $< $(CUDA_LINK) $(LIBS)
 
 clean:
 	rm -rf build

@@ -2129,12 +2129,14 @@ static __global__ void __launch_bounds__(256, 1) dsa__cu_attend_portable(const _
     }
     /* FP8: widens piece i of the next leaf's raw rows. A row's raw bytes are copied and widened by the same 8 threads. */
     const unsigned char *raw_mine = smem + S::at_raw + mine * S::raw_row;
+    float widen_scale = 0.0f;
     auto widen = [&](int leaf, int i) {
         const int u = i * 8 + piece;
         uint4 y = make_uint4(0, 0, 0, 0);
         if (u * 8 < R) {
             uint2 x = *(const uint2 *)(raw_mine + u * 8);
-            float s = *(const float *)(raw_mine + R + 4 * (i >> 1));
+            if (!(i & 1)) widen_scale = *(const float *)(raw_mine + R + 4 * (i >> 1));
+            const float s = widen_scale;
             uint2 a = dsa__cu_widen4(x.x, s), b = dsa__cu_widen4(x.y, s);
             y = make_uint4(a.x, a.y, b.x, b.y);
         } else if (u * 8 < D) {
@@ -2235,6 +2237,15 @@ static __global__ void __launch_bounds__(256, 1) dsa__cu_attend_portable(const _
             if (head < A.n_heads)     *(float2 *)(A.stats + 2 * at)       = make_float2(m0, l0);
             if (head + 8 < A.n_heads) *(float2 *)(A.stats + 2 * (at + 8)) = make_float2(m1, l1);
         }
+        if (!SPLIT && !__all_sync(~0u, a0 == 1.0f && a1 == 1.0f)) {         /* the same bits as in one step, and rare */
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                O[t][0] = __fmul_rn(a0, O[t][0]);
+                O[t][1] = __fmul_rn(a0, O[t][1]);
+                O[t][2] = __fmul_rn(a1, O[t][2]);
+                O[t][3] = __fmul_rn(a1, O[t][3]);
+            }
+        }
         if (FP8) {                                       /* the next leaf is widened between the products, to fill their waits */
             dsa__cu_copy_wait<0>();
             __syncwarp();
@@ -2256,10 +2267,10 @@ static __global__ void __launch_bounds__(256, 1) dsa__cu_attend_portable(const _
                 if (col < dim_v && head < A.n_heads)     *(float2 *)(A.parts + at * dim_v + col)       = make_float2(y[0], y[1]);
                 if (col < dim_v && head + 8 < A.n_heads) *(float2 *)(A.parts + (at + 8) * dim_v + col) = make_float2(y[2], y[3]);
             } else {
-                O[t][0] = __fmaf_rn(b0, y[0], __fmul_rn(a0, O[t][0]));
-                O[t][1] = __fmaf_rn(b0, y[1], __fmul_rn(a0, O[t][1]));
-                O[t][2] = __fmaf_rn(b1, y[2], __fmul_rn(a1, O[t][2]));
-                O[t][3] = __fmaf_rn(b1, y[3], __fmul_rn(a1, O[t][3]));
+                O[t][0] = __fmaf_rn(b0, y[0], O[t][0]);
+                O[t][1] = __fmaf_rn(b0, y[1], O[t][1]);
+                O[t][2] = __fmaf_rn(b1, y[2], O[t][2]);
+                O[t][3] = __fmaf_rn(b1, y[3], O[t][3]);
             }
         }
     }
@@ -2800,12 +2811,12 @@ static __device__ __forceinline__ uint32_t dsa__cu_peer(uint32_t at, uint32_t ra
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(at), "r"(rank));
     return to;
 }
-/* Stores to the other block count themselves off at its barrier (st.async): a release over the cluster, as plain stores would need before
-   an arrival, costs a fence of the whole memory and a flush of the L1 (1.4 times the time of the whole kernel). */
-static __device__ __forceinline__ void dsa__cu_peer_store16(uint32_t to, uint4 v, uint32_t bar)
+/* What goes to the other block counts itself off at its barrier. Plain stores and a release over the cluster cost a fence of the whole memory and a
+   flush of the L1 per arrival (189 us where this takes 1.4 times less), st.async of 16 bytes a lane is bound by the way between the
+   multiprocessors; bulk copies of what a warp has just widened for its own block are neither. */
+static __device__ __forceinline__ void dsa__cu_peer_copy(uint32_t to, uint32_t from, int bytes, uint32_t bar)
 {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];"
-        :: "r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(bar) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" :: "r"(to), "r"(from), "r"(bytes), "r"(bar) : "memory");
 }
 static __device__ __forceinline__ void dsa__cu_peer_store4(uint32_t to, uint32_t v, uint32_t bar)
 {
@@ -2820,9 +2831,10 @@ static __device__ __forceinline__ void dsa__cu_peer_arrive(uint32_t bar)
 {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(bar) : "memory");
 }
+/* Hands over no data (barriers' set-up has its own fence), so it need not release. */
 static __device__ __forceinline__ void dsa__cu_cluster_sync(void)
 {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 /* q of a unit into its place, by the 128 threads of the producer. It is free once both warpgroups have scored the last leaf before. */
 template <int ROPE>
@@ -2904,7 +2916,8 @@ static __device__ __forceinline__ void dsa__cu_produce_pair_fp8(const dsa__cu_at
     const int lane = threadIdx.x & 31, p = (threadIdx.x >> 5) & 3, sub = lane >> 2, u = lane & 3;
     const uint32_t rank = TWO ? blockIdx.x & 1 : 0;
     const uint32_t to = kv + rank * dsa__cu_pair_smem::tile + (16 * p + sub) * 128, to0 = to + (((2 * u) ^ sub) << 4), to1 = to + (((2 * u + 1) ^ sub) << 4);
-    const uint32_t far0 = TWO ? dsa__cu_peer(to0, rank ^ 1) : 0, far1 = TWO ? dsa__cu_peer(to1, rank ^ 1) : 0, far_full = TWO ? dsa__cu_peer(full, rank ^ 1) : 0;
+    const uint32_t warp16 = kv + rank * dsa__cu_pair_smem::tile + 16 * p * 128;                          /* a warp's 16 rows of chunk 0 */
+    const uint32_t far16 = TWO ? dsa__cu_peer(warp16, rank ^ 1) : 0, far_full = TWO ? dsa__cu_peer(full, rank ^ 1) : 0;
     uint32_t it = 0;
     int turn = 0;
     for (int unit = blockIdx.x; unit < A.n_units; unit += gridDim.x) {
@@ -2954,8 +2967,6 @@ static __device__ __forceinline__ void dsa__cu_produce_pair_fp8(const dsa__cu_at
                     if (TWO) {
                         dsa__cu_store16(to0 + at, rope[s][0]);
                         dsa__cu_store16(to1 + at, rope[s][1]);
-                        dsa__cu_peer_store16(far0 + at, rope[s][0], far_full);
-                        dsa__cu_peer_store16(far1 + at, rope[s][1], far_full);
                     } else {
                         const unsigned char *from = row[s] ? row[s] + 528 + 32 * u : E.data;
                         dsa__cu_copy16(to0 + at, from, row[s] != NULL);
@@ -2998,10 +3009,6 @@ static __device__ __forceinline__ void dsa__cu_produce_pair_fp8(const dsa__cu_at
                         v[g % AHEAD][s][x] = dsa__cu_load16(row[s] + 256 * x + (g + AHEAD) % 4 * 64 + 16 * u, row[s] != NULL);
                         dsa__cu_store16(to0 + at, make_uint4(a0.x, a0.y, a1.x, a1.y));
                         dsa__cu_store16(to1 + at, make_uint4(a2.x, a2.y, a3.x, a3.y));
-                        if (TWO) {
-                            dsa__cu_peer_store16(far0 + at, make_uint4(a0.x, a0.y, a1.x, a1.y), far_full + 8 * g);
-                            dsa__cu_peer_store16(far1 + at, make_uint4(a2.x, a2.y, a3.x, a3.y), far_full + 8 * g);
-                        }
                     }
                     if (g == 3) {
                         scale[s] = dsa__cu_load16(row[s] + 512, row[s] != NULL);
@@ -3011,7 +3018,12 @@ static __device__ __forceinline__ void dsa__cu_produce_pair_fp8(const dsa__cu_at
                         }
                     }
                 }
+                if (TWO) dsa__cu_proxy_fence();
                 __syncwarp();
+                if (TWO && lane < (g == 0 && ROPE ? 3 : 2)) {
+                    const uint32_t at = (lane == 2 ? 8 : g + 4 * lane) * DSA__CU_CHUNK;
+                    dsa__cu_peer_copy(far16 + at, warp16 + at, 2048, far_full + 8 * g);
+                }
                 if (lane == 0) {                         /* a warp of the other block sends 16 rows of two chunks; with the first the rope and the bits */
                     if (TWO) dsa__cu_bar_arrive_expect(full + 8 * g, 4096 + (g ? 0 : 16 * 2 * ROPE + 4));
                     else dsa__cu_bar_arrive(full + 8 * g);
@@ -3313,7 +3325,7 @@ static cudaError_t dsa__cu_attend_run(const dsa__cu *g, const dsa__cu_attend *ca
 #undef DSA__CU_GO4
 #undef DSA__CU_GO
     }
-    if (err != cudaSuccess || !split) return err;
+    if (err != cudaSuccess || !split || DSA__CU_ABLATE & 64) return err;
     args[1] = &leaf;
     return dsa__cu_launch(dsa__cu_attend_merge, dim3((unsigned)(A.batch.n_rows * A.n_heads)), (A.dim_v / 4 + 31) / 32 * 32, (size_t)A.n_leaves * 8, stream, g->capability >= 90, 1, args);
 }

@@ -101,6 +101,11 @@ symbols() {
     fi
 }
 
+# The GPU part compiles for every architecture, and what uses it links.
+cuda_compiles() {
+    make -s cuda CUDA_ARCHS="80 90a 120" && make -s build/test_cuda build/06_cuda_decode
+}
+
 without_symbols() {
     $CC -std=c99 -O2 "$1" -c tests/compile/implementation.c -o $OUT/without.o || return 1
     ! nm -u $OUT/without.o | grep -E "$2"
@@ -238,6 +243,8 @@ lane_1() {
     step '-O0' option -O0
     step '-O3 -march=native' option -O3 -march=native
     step 'two DSA_STATIC copies' two_static_copies
+    if have nvcc || [ -n "$CUDA_HOME" ]; then step 'dsa_cuda.cu for sm_80, sm_90a, sm_120' cuda_compiles; fi
+    step '-DDSA_CUDA' option -DDSA_CUDA
     needs c++ 'C and C++ linked' && step 'C and C++ linked' across_languages
     needs nm 'exported symbols' && {
         step 'exported symbols' symbols
@@ -246,6 +253,7 @@ lane_1() {
     }
     needs python3 'sections of dsa.h' && step 'sections of dsa.h' sections
     for source in examples/[0-9]*.c; do
+        case $source in *_cuda_*) continue ;; esac               # needs a GPU: tools/gpu_check.sh
         step "example $(basename "$source" .c)" example "$(basename "$source" .c)"
     done
     step 'README' readme

@@ -19,6 +19,7 @@ static const char help[] =
     "\n"
     "  --threads N   default: the number of processors, at most 8\n"
     "  --isa NAME    auto (default), scalar, avx2, avx512, neon\n"
+    DEVICE_HELP
     "\n"
     "Exit status: 0 success, 2 bad usage or bad input.\n";
 
@@ -155,6 +156,9 @@ int main(int argc, char **argv) {
         if (strcmp(argv[i], "--help") == 0) return fputs(help, stdout) == EOF || fflush(stdout) != 0 ? 2 : 0;
         if (i + 1 >= argc) return usage_error("unknown option, or its value is missing: ", argv[i]);
         if (strcmp(argv[i], "--threads") == 0) { if (engine_parse_int(argv[i + 1], 1, 256, &threads) != 0) return usage_error("--threads: out of range: ", argv[i + 1]); }
+#ifdef DSA_CUDA
+        else if (strcmp(argv[i], "--cuda") == 0) { if (device_open("demo", argv[i + 1], &options.cuda) != 0) return 2; }
+#endif
         else if (strcmp(argv[i], "--isa") == 0) { if (engine_parse_isa(argv[i + 1], &options.isa) != 0) return usage_error("--isa: no such name: ", argv[i + 1]); }
         else return usage_error("unknown option: ", argv[i]);
     }
@@ -180,6 +184,7 @@ int main(int argc, char **argv) {
     for (int c = 0; c < N_CONTEXTS; c++) needle_document_free(&d.documents[c]);
     free(d.logits);
     engine_unload(&model);
+    device_close(options.cuda);
     needle_text_free(&d.text);
     if (fflush(stdout) != 0 || ferror(stdout)) status = 2;
     return status;

@@ -10,7 +10,7 @@
 #include <cuda_runtime_api.h>
 
 #define DEVICE_HELP \
-    "  --cuda PATH    caches on the GPU; PATH: auto, reference, portable or hopper\n"
+    "  --cuda PATH    caches on the GPU; PATH is auto, reference, portable or hopper\n"
 
 /* The device by a path's name. 0, or -1 after a message. */
 static inline int device_open(const char *tool, const char *path, dsa_cuda **cuda)

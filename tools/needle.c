@@ -21,6 +21,7 @@ static const char help[] =
     "  --seed S                       of the documents (default 0)\n"
     "  --threads N                    default 1\n"
     "  --isa NAME                     auto (default), scalar, avx2, avx512, neon\n"
+    DEVICE_HELP
     "  --json                         one JSON object instead of text; accuracy is right / asked\n"
     "\n"
     "Exit status: 0 success, 2 bad usage or bad input. Progress goes to standard error.\n";

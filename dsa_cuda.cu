@@ -37,7 +37,8 @@
 
 typedef struct dsa__cu {
     dsa_cuda hooks;                                      /* first: a dsa_cuda is one of these */
-    int32_t device, capability, n_sm, shared;            /* shared: memory of a block, most */
+    int32_t device, n_sm, shared;                        /* shared: memory of a block, most */
+    int32_t overlap;                                     /* kernels wait for those before them: programmatic dependent launch */
     dsa_cuda_path path;
     cudaStream_t stream;                                 /* of host-level calls */
     unsigned char *scratch;                              /* their operands, on the device */
@@ -113,8 +114,41 @@ static __device__ __forceinline__ int32_t dsa__cu_page_of(const dsa__cu_pool &p,
     return page >= 0 && page < p.n_pages ? page : -1;
 }
 
+/* Programmatic dependent launch: nothing before this reads what the launch before wrote. */
+static __device__ __forceinline__ void dsa__cu_wait_launch(void)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/* From here on the next launch may take places that become free. */
+static __device__ __forceinline__ void dsa__cu_let_launch(void)
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 /* ---- PTX ---------------------------------------------------------------------------------------- */
 static __device__ __forceinline__ uint32_t dsa__cu_smem(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+/* A launch that may overlap the one before (its kernels call dsa__cu_wait_launch), in clusters of so many blocks. */
+template <typename F> static cudaError_t dsa__cu_launch(F f, dim3 grid, int block, size_t smem, cudaStream_t stream, int overlap, int cluster, void **args)
+{
+    cudaLaunchConfig_t c = {};
+    cudaLaunchAttribute at[2];
+    cudaError_t err = smem > 48 * 1024 ? cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem) : cudaSuccess;
+    if (err != cudaSuccess) return err;
+    c.gridDim = grid; c.blockDim = dim3((unsigned)block); c.dynamicSmemBytes = smem; c.stream = stream;
+    at[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    at[0].val.programmaticStreamSerializationAllowed = overlap;
+    c.attrs = at;
+    at[1].id = cudaLaunchAttributeClusterDimension;
+    at[1].val.clusterDim.x = (unsigned)cluster; at[1].val.clusterDim.y = 1; at[1].val.clusterDim.z = 1;
+    c.numAttrs = cluster > 1 ? 2 : overlap ? 1 : 0;
+    return cudaLaunchKernelExC(&c, (const void *)f, args);
+}
 
 /* ---- number formats: the same bits as in dsa.h, >>numeric. Rows may have any alignment. ------------------ */
 static __device__ __forceinline__ float dsa__cu_load_f32(const unsigned char *p)
@@ -473,6 +507,7 @@ static __global__ void __launch_bounds__(128) dsa__cu_begin(dsa__cu_batch b, dsa
     __shared__ float x[DSA_MAX_DIM_INDEX];
     __shared__ uint32_t shared[32];
     int64_t at = blockIdx.x;
+    dsa__cu_let_launch();
     if (at < latent.n) { dsa__cu_append_row(latent, b, at, x, shared); return; }
     at -= latent.n;
     if (at < index.n) { dsa__cu_append_row(index, b, at, x, shared); return; }
@@ -574,13 +609,6 @@ struct dsa__cu_index_args {
     int32_t              n_clear;
 };
 
-/* Programmatic dependent launch: the next kernel may start its launch now; before it reads anything it waits for all of this one. */
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define DSA__CU_DEPENDENTS() asm volatile("griddepcontrol.launch_dependents;" ::: "memory")
-#else
-#define DSA__CU_DEPENDENTS() ((void) 0)
-#endif
-
 /* Where the table of a row's sequence begins. */
 __device__ __forceinline__ int64_t dsa__cu_index_table(const dsa__cu_index_args &a, int32_t row)
 {
@@ -666,8 +694,9 @@ __global__ void __launch_bounds__(DSA__CU_INDEX_THREADS, 4) dsa__cu_index_mma(ds
 {
     constexpr int KS = D / 16, BYTES = FORMAT == DSA_BF16 ? 2 : 1, WORDS = D / 16 * BYTES;      /* WORDS: of one lane and row */
     extern __shared__ uint4 dsa__cu_index_shared[];
+    dsa__cu_wait_launch();
     dsa__cu_index_clear(a);
-    DSA__CU_DEPENDENTS();
+    dsa__cu_let_launch();
     int32_t row0, n_rows, s0, s1;
     if (!dsa__cu_index_range(a, &row0, &n_rows, &s0, &s1)) return;
     const int32_t HI = a.heads, tiles = (HI + 7) / 8, lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
@@ -841,8 +870,9 @@ __global__ void __launch_bounds__(384, HP * ROWS > 64 ? 1 : 2) dsa__cu_index_hop
     constexpr int N = HP * ROWS, NU = N < 128 ? N : 128, U = N / NU, Q = NU / HP, S = dsa__cu_hopper_shape<N>::stages, LAG = S - 2;
     extern __shared__ unsigned char dsa__cu_hopper_raw[];
     __shared__ __align__(8) uint64_t full[S], empty[S];
+    dsa__cu_wait_launch();
     dsa__cu_index_clear(a);
-    DSA__CU_DEPENDENTS();
+    dsa__cu_let_launch();
     int32_t row0, n_rows, s0, s1;
     if (!dsa__cu_index_range(a, &row0, &n_rows, &s0, &s1)) return;
     unsigned char *B = (unsigned char *) (((uintptr_t) dsa__cu_hopper_raw + 1023) & ~(uintptr_t) 1023), *K = B + N * 128;
@@ -1019,8 +1049,10 @@ static inline bool dsa__cu_index_takes(const dsa__cu_pool &p, int32_t heads)
 }
 
 /* Fills in block_rows, chunk, chunks, page_shift of `a` and scores. hopper: the device has compute capability 9.0 (false forces the portable path). */
-static inline cudaError_t dsa__cu_index_launch(cudaStream_t stream, dsa__cu_index_args a, bool hopper, int32_t n_sm)
+static inline cudaError_t dsa__cu_index_launch(cudaStream_t stream, const dsa__cu *g, dsa__cu_index_args a)
 {
+    const bool hopper = g->path == DSA_CUDA_HOPPER;
+    const int32_t n_sm = g->n_sm;
     if (a.rows < 1 || a.n < 1) return cudaSuccess;
     const bool fast = hopper && a.format == DSA_FP8 && a.dim == 128 && a.heads <= 128;
     const int32_t tiles = (a.heads + 7) / 8;
@@ -1042,25 +1074,27 @@ static inline cudaError_t dsa__cu_index_launch(cudaStream_t stream, dsa__cu_inde
     a.chunk = (int32_t) chunk;
     a.chunks = (int32_t) ((a.n + chunk - 1) / chunk);
     const uint32_t grid = (uint32_t) (blocks * a.chunks);
+    void *args[1] = { &a };
+    cudaError_t err;
     if (fast) {
         if (a.heads <= 64) {
-            if (most == 4)      dsa__cu_index_hopper<64, 4><<<grid, 384, dsa__cu_hopper_bytes<256>(), stream>>>(a);
-            else if (most == 2) dsa__cu_index_hopper<64, 2><<<grid, 384, dsa__cu_hopper_bytes<128>(), stream>>>(a);
-            else                dsa__cu_index_hopper<64, 1><<<grid, 384, dsa__cu_hopper_bytes<64>(), stream>>>(a);
+            if (most == 4)      err = dsa__cu_launch(dsa__cu_index_hopper<64, 4>, dim3(grid), 384, dsa__cu_hopper_bytes<256>(), stream, g->overlap, 1, args);
+            else if (most == 2) err = dsa__cu_launch(dsa__cu_index_hopper<64, 2>, dim3(grid), 384, dsa__cu_hopper_bytes<128>(), stream, g->overlap, 1, args);
+            else                err = dsa__cu_launch(dsa__cu_index_hopper<64, 1>, dim3(grid), 384, dsa__cu_hopper_bytes<64>(), stream, g->overlap, 1, args);
         } else {
-            if (most == 2)      dsa__cu_index_hopper<128, 2><<<grid, 384, dsa__cu_hopper_bytes<256>(), stream>>>(a);
-            else                dsa__cu_index_hopper<128, 1><<<grid, 384, dsa__cu_hopper_bytes<128>(), stream>>>(a);
+            if (most == 2)      err = dsa__cu_launch(dsa__cu_index_hopper<128, 2>, dim3(grid), 384, dsa__cu_hopper_bytes<256>(), stream, g->overlap, 1, args);
+            else                err = dsa__cu_launch(dsa__cu_index_hopper<128, 1>, dim3(grid), 384, dsa__cu_hopper_bytes<128>(), stream, g->overlap, 1, args);
         }
     } else {
         const size_t shared = (size_t) most * tiles * 8 * (a.dim * 2 + 4);
-#define DSA__CU_GO(F) (a.dim == 128 ? dsa__cu_index_mma<F, 128><<<grid, DSA__CU_INDEX_THREADS, shared, stream>>>(a) \
-                     : a.dim == 64 ? dsa__cu_index_mma<F, 64><<<grid, DSA__CU_INDEX_THREADS, shared, stream>>>(a) : dsa__cu_index_mma<F, 32><<<grid, DSA__CU_INDEX_THREADS, shared, stream>>>(a))
-        if (a.format == DSA_FP8) DSA__CU_GO(DSA_FP8);
-        else if (a.format == DSA_INT8) DSA__CU_GO(DSA_INT8);
-        else DSA__CU_GO(DSA_BF16);
+#define DSA__CU_GO(F) (a.dim == 128 ? dsa__cu_launch(dsa__cu_index_mma<F, 128>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, g->overlap, 1, args) \
+                     : a.dim == 64 ? dsa__cu_launch(dsa__cu_index_mma<F, 64>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, g->overlap, 1, args) : dsa__cu_launch(dsa__cu_index_mma<F, 32>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, g->overlap, 1, args))
+        if (a.format == DSA_FP8) err = DSA__CU_GO(DSA_FP8);
+        else if (a.format == DSA_INT8) err = DSA__CU_GO(DSA_INT8);
+        else err = DSA__CU_GO(DSA_BF16);
 #undef DSA__CU_GO
     }
-    return cudaGetLastError();
+    return err;
 }
 
 /* ============================================================================================
@@ -1559,7 +1593,7 @@ static inline cudaError_t dsa__cu_topk_launch(cudaStream_t stream, const dsa__cu
                                               int32_t rows, int32_t n, int32_t k, bool by_rank, bool follows, bool fallback, int32_t *indices, float *scores, int32_t *found,
                                               void *workspace)
 {
-    const bool overlap = g->capability >= 90;
+    const bool overlap = g->overlap != 0;
     if (rows < 1 || k < 1) return cudaSuccess;
     dsa__cu_topk_args a = { I, ldi, lo, hi, n, k, rows, p.splits, p.sample, p.group, p.cap, p.window, indices, scores, (dsa__u64 *) ((char *) workspace + p.count_bytes), (uint32_t *) workspace,
                             found, fallback };
@@ -1879,20 +1913,6 @@ static __device__ __forceinline__ void dsa__cu_copy_commit(void) { asm volatile(
 template <int N> static __device__ __forceinline__ void dsa__cu_copy_wait(void) { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 
 static __device__ __forceinline__ void dsa__cu_bar(int id, int n) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(n) : "memory"); }
-
-/* Programmatic dependent launch: nothing before this reads what the launch before wrote. */
-static __device__ __forceinline__ void dsa__cu_wait_launch(void)
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-static __device__ __forceinline__ void dsa__cu_let_launch(void)
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 static __device__ __forceinline__ uint32_t dsa__cu_pack(float lo, float hi)
 {
@@ -3233,7 +3253,7 @@ static int dsa__cu_attend_is_hopper(const dsa__cu *g, const dsa__cu_attend *A)
 
 static int dsa__cu_attend_leaf(const dsa__cu *g, const dsa__cu_attend *A)
 {
-    return dsa__cu_attend_is_hopper(g, A) ? DSA__CU_LEAF_HOPPER : DSA__CU_LEAF_PORTABLE;
+    return dsa__cu_attend_is_hopper(g, A) ? 128 : DSA__CU_LEAF_PORTABLE;
 }
 
 #define DSA__CU_PARTS_MOST ((size_t)128 << 20)
@@ -3271,22 +3291,6 @@ static size_t dsa__cu_attend_plan(const dsa__cu *g, dsa__cu_attend *A)
     return 0;
 }
 
-template <typename F> static cudaError_t dsa__cu_launch(F f, dim3 grid, int block, size_t smem, cudaStream_t stream, int overlap, int cluster, void **args)
-{
-    cudaLaunchConfig_t c = {};
-    cudaLaunchAttribute at[2];
-    cudaError_t err = smem > 48 * 1024 ? cudaFuncSetAttribute(f, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem) : cudaSuccess;
-    if (err != cudaSuccess) return err;
-    c.gridDim = grid; c.blockDim = dim3((unsigned)block); c.dynamicSmemBytes = smem; c.stream = stream;
-    at[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    at[0].val.programmaticStreamSerializationAllowed = overlap;
-    c.attrs = at;
-    at[1].id = cudaLaunchAttributeClusterDimension;
-    at[1].val.clusterDim.x = (unsigned)cluster; at[1].val.clusterDim.y = 1; at[1].val.clusterDim.z = 1;
-    c.numAttrs = cluster > 1 ? 2 : overlap ? 1 : 0;
-    return cudaLaunchKernelExC(&c, (const void *)f, args);
-}
-
 /* A planned call (dsa__cu_attend_plan has seen it). workspace: as many bytes as the plan said, on 16 bytes. */
 static cudaError_t dsa__cu_attend_run(const dsa__cu *g, const dsa__cu_attend *call, void *workspace, cudaStream_t stream)
 {
@@ -3313,7 +3317,7 @@ static cudaError_t dsa__cu_attend_run(const dsa__cu *g, const dsa__cu_attend *ca
 #undef DSA__CU_GO
     } else {
 #define DSA__CU_GO(DQ, DV, F, SP, MLA) dsa__cu_launch(dsa__cu_attend_portable<DQ, DV, F, SP, MLA>, dim3((unsigned)grid), 256, \
-        (F ? dsa__cu_portable_smem<DQ>::bytes_fp8 : dsa__cu_portable_smem<DQ>::bytes_bf16), stream, g->capability >= 90, 1, args)
+        (F ? dsa__cu_portable_smem<DQ>::bytes_fp8 : dsa__cu_portable_smem<DQ>::bytes_bf16), stream, g->overlap, 1, args)
         const int small = D <= 320 && A.dim_v <= 256;
         if (fp8 && A.pool.dim + (A.pool.dim + 127) / 128 * 4 + 2 * A.pool.dim_rope > (small ? dsa__cu_portable_smem<320>::raw_row : dsa__cu_portable_smem<576>::raw_row))
             return cudaErrorInvalidValue;
@@ -3327,7 +3331,7 @@ static cudaError_t dsa__cu_attend_run(const dsa__cu *g, const dsa__cu_attend *ca
     }
     if (err != cudaSuccess || !split || DSA__CU_ABLATE & 64) return err;
     args[1] = &leaf;
-    return dsa__cu_launch(dsa__cu_attend_merge, dim3((unsigned)(A.batch.n_rows * A.n_heads)), (A.dim_v / 4 + 31) / 32 * 32, (size_t)A.n_leaves * 8, stream, g->capability >= 90, 1, args);
+    return dsa__cu_launch(dsa__cu_attend_merge, dim3((unsigned)(A.batch.n_rows * A.n_heads)), (A.dim_v / 4 + 31) / 32 * 32, (size_t)A.n_leaves * 8, stream, g->overlap, 1, args);
 }
 
 /* ============================================================================================
@@ -3526,10 +3530,9 @@ static cudaError_t dsa__cu_score_fast(const dsa__cu *g, const dsa__cu_score_call
     a.page_size = c->pool.page_size;
     a.table = c->pool.tables;
     a.table_ld = c->pool.n_blocks;
-    a.table_rows = c->ranges.batch.n_seqs > 1 ? c->ranges.batch.n_q : (int32_t)c->ranges.batch.n_rows;
+    a.table_rows = c->ranges.batch.n_seqs > 1 ? c->ranges.batch.n_q : 1 << 30;      /* blocks of rows do not straddle tables */
     a.first = (int32_t)row;
     a.seq = c->ranges.batch.n_seqs > 1 ? c->bounds.seq : NULL;
-    if (c->ranges.batch.n_seqs == 1) a.table_rows = INT32_MAX;
     a.lo = c->bounds.lo;
     a.hi = c->bounds.end;
     a.n = (int32_t)c->n_cols;
@@ -3541,7 +3544,7 @@ static cudaError_t dsa__cu_score_fast(const dsa__cu *g, const dsa__cu_score_call
     a.ldi = c->stride;
     a.clear = clear;
     a.n_clear = (int32_t)n_clear;
-    return dsa__cu_index_launch(stream, a, g->path == DSA_CUDA_HOPPER, g->n_sm);
+    return dsa__cu_index_launch(stream, g, a);
 }
 
 /* The queries of n rows from `row` on. */
@@ -4456,7 +4459,7 @@ extern "C" dsa_status dsa_cuda_create(const dsa_cuda_desc *desc, dsa_cuda **cuda
     dsa_cuda_desc d;
     dsa__cu *g;
     cudaFuncAttributes code;
-    int n = 0, major = 0, minor = 0, sms = 0, shared = 0;
+    int n = 0, major = 0, sms = 0, shared = 0, hopper;
     memset(&d, 0, sizeof d);
     if (desc) d = *desc;
     if (!cuda || (d.allocator.alloc == NULL) != (d.allocator.release == NULL)) return DSA_ERR_NULL;
@@ -4464,23 +4467,21 @@ extern "C" dsa_status dsa_cuda_create(const dsa_cuda_desc *desc, dsa_cuda **cuda
     if (!d.allocator.alloc) { d.allocator.alloc = dsa__cu_malloc; d.allocator.release = dsa__cu_free; }
     if (cudaGetDeviceCount(&n) != cudaSuccess || d.device >= n ||
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, d.device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, d.device) != cudaSuccess ||
         cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, d.device) != cudaSuccess ||
         cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, d.device) != cudaSuccess) {
         (void)cudaGetLastError();                        /* no driver, say: nothing that the program's own CUDA calls should find */
         return DSA_ERR_NO_DEVICE;
     }
-    if (major < 8 || (d.path == DSA_CUDA_HOPPER && major != 9)) return DSA_ERR_NO_DEVICE;
+    if (major < 8) return DSA_ERR_NO_DEVICE;
     g = (dsa__cu *)d.allocator.alloc(d.allocator.user, sizeof *g + (2 * DSA__CU_HOST_ROWS + 1) * sizeof(int32_t));
     if (!g) return DSA_ERR_MEMORY;
     memset(g, 0, sizeof *g);
     g->staging = (int32_t *)(g + 1);
     g->host = d.allocator;
     g->device = d.device;
-    g->capability = 10 * major + minor;
     g->n_sm = sms;
     g->shared = shared;
-    g->path = d.path != DSA_CUDA_AUTO ? d.path : major == 9 ? DSA_CUDA_HOPPER : DSA_CUDA_PORTABLE;
+    g->path = d.path;
     g->size = d.scratch ? d.scratch : DSA__CU_SCRATCH;
     g->hooks.allocator.alloc = dsa__cu_alloc;
     g->hooks.allocator.release = dsa__cu_release;
@@ -4492,7 +4493,12 @@ extern "C" dsa_status dsa_cuda_create(const dsa_cuda_desc *desc, dsa_cuda **cuda
     {
         dsa__cu_turn t = dsa__cu_enter(g);
         if (t.err == cudaSuccess) t.err = cudaFuncGetAttributes(&code, dsa__cu_attend_reference);   /* is there code for this device? */
-        if (t.err == cudaSuccess) t.err = dsa__cu_index_init(major == 9);
+        g->overlap = t.err == cudaSuccess && code.ptxVersion >= 90;      /* code for older devices does not wait */
+        if (t.err == cudaSuccess) t.err = cudaFuncGetAttributes(&code, dsa__cu_attend_pair<64, true, false, true>);
+        hopper = t.err == cudaSuccess && major == 9 && code.maxThreadsPerBlock == 384;   /* what others have in its place is empty and unbounded */
+        if (t.err == cudaSuccess && g->path == DSA_CUDA_HOPPER && !hopper) t.err = cudaErrorInvalidDeviceFunction;
+        if (g->path == DSA_CUDA_AUTO) g->path = hopper ? DSA_CUDA_HOPPER : DSA_CUDA_PORTABLE;
+        if (t.err == cudaSuccess) t.err = dsa__cu_index_init(hopper);
         if (t.err == cudaSuccess) t.err = dsa__cu_topk_init(g);
         if (t.err == cudaSuccess) t.err = cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking);
         (void)cudaGetLastError();

@@ -507,7 +507,6 @@ static __global__ void __launch_bounds__(128) dsa__cu_begin(dsa__cu_batch b, dsa
     __shared__ float x[DSA_MAX_DIM_INDEX];
     __shared__ uint32_t shared[32];
     int64_t at = blockIdx.x;
-    dsa__cu_let_launch();
     if (at < latent.n) { dsa__cu_append_row(latent, b, at, x, shared); return; }
     at -= latent.n;
     if (at < index.n) { dsa__cu_append_row(index, b, at, x, shared); return; }
@@ -694,7 +693,6 @@ __global__ void __launch_bounds__(DSA__CU_INDEX_THREADS, 4) dsa__cu_index_mma(ds
 {
     constexpr int KS = D / 16, BYTES = FORMAT == DSA_BF16 ? 2 : 1, WORDS = D / 16 * BYTES;      /* WORDS: of one lane and row */
     extern __shared__ uint4 dsa__cu_index_shared[];
-    dsa__cu_wait_launch();
     dsa__cu_index_clear(a);
     dsa__cu_let_launch();
     int32_t row0, n_rows, s0, s1;
@@ -870,7 +868,6 @@ __global__ void __launch_bounds__(384, HP * ROWS > 64 ? 1 : 2) dsa__cu_index_hop
     constexpr int N = HP * ROWS, NU = N < 128 ? N : 128, U = N / NU, Q = NU / HP, S = dsa__cu_hopper_shape<N>::stages, LAG = S - 2;
     extern __shared__ unsigned char dsa__cu_hopper_raw[];
     __shared__ __align__(8) uint64_t full[S], empty[S];
-    dsa__cu_wait_launch();
     dsa__cu_index_clear(a);
     dsa__cu_let_launch();
     int32_t row0, n_rows, s0, s1;
@@ -1078,17 +1075,17 @@ static inline cudaError_t dsa__cu_index_launch(cudaStream_t stream, const dsa__c
     cudaError_t err;
     if (fast) {
         if (a.heads <= 64) {
-            if (most == 4)      err = dsa__cu_launch(dsa__cu_index_hopper<64, 4>, dim3(grid), 384, dsa__cu_hopper_bytes<256>(), stream, g->overlap, 1, args);
-            else if (most == 2) err = dsa__cu_launch(dsa__cu_index_hopper<64, 2>, dim3(grid), 384, dsa__cu_hopper_bytes<128>(), stream, g->overlap, 1, args);
-            else                err = dsa__cu_launch(dsa__cu_index_hopper<64, 1>, dim3(grid), 384, dsa__cu_hopper_bytes<64>(), stream, g->overlap, 1, args);
+            if (most == 4)      err = dsa__cu_launch(dsa__cu_index_hopper<64, 4>, dim3(grid), 384, dsa__cu_hopper_bytes<256>(), stream, 0, 1, args);
+            else if (most == 2) err = dsa__cu_launch(dsa__cu_index_hopper<64, 2>, dim3(grid), 384, dsa__cu_hopper_bytes<128>(), stream, 0, 1, args);
+            else                err = dsa__cu_launch(dsa__cu_index_hopper<64, 1>, dim3(grid), 384, dsa__cu_hopper_bytes<64>(), stream, 0, 1, args);
         } else {
-            if (most == 2)      err = dsa__cu_launch(dsa__cu_index_hopper<128, 2>, dim3(grid), 384, dsa__cu_hopper_bytes<256>(), stream, g->overlap, 1, args);
-            else                err = dsa__cu_launch(dsa__cu_index_hopper<128, 1>, dim3(grid), 384, dsa__cu_hopper_bytes<128>(), stream, g->overlap, 1, args);
+            if (most == 2)      err = dsa__cu_launch(dsa__cu_index_hopper<128, 2>, dim3(grid), 384, dsa__cu_hopper_bytes<256>(), stream, 0, 1, args);
+            else                err = dsa__cu_launch(dsa__cu_index_hopper<128, 1>, dim3(grid), 384, dsa__cu_hopper_bytes<128>(), stream, 0, 1, args);
         }
     } else {
         const size_t shared = (size_t) most * tiles * 8 * (a.dim * 2 + 4);
-#define DSA__CU_GO(F) (a.dim == 128 ? dsa__cu_launch(dsa__cu_index_mma<F, 128>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, g->overlap, 1, args) \
-                     : a.dim == 64 ? dsa__cu_launch(dsa__cu_index_mma<F, 64>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, g->overlap, 1, args) : dsa__cu_launch(dsa__cu_index_mma<F, 32>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, g->overlap, 1, args))
+#define DSA__CU_GO(F) (a.dim == 128 ? dsa__cu_launch(dsa__cu_index_mma<F, 128>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, 0, 1, args) \
+                     : a.dim == 64 ? dsa__cu_launch(dsa__cu_index_mma<F, 64>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, 0, 1, args) : dsa__cu_launch(dsa__cu_index_mma<F, 32>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, 0, 1, args))
         if (a.format == DSA_FP8) err = DSA__CU_GO(DSA_FP8);
         else if (a.format == DSA_INT8) err = DSA__CU_GO(DSA_INT8);
         else err = DSA__CU_GO(DSA_BF16);
@@ -1885,7 +1882,6 @@ static __global__ void __launch_bounds__(128) dsa__cu_merge(int32_t n_parts, con
 }
 
 /* ---- tensor cores -------------------------------------------------------------------------------------- */
-#define DSA__CU_ABLATE 0
 #define DSA__CU_LOG2E 1.4426950408889634f
 #define DSA__CU_LN2   0.6931471805599453f
 
@@ -1923,7 +1919,6 @@ static __device__ __forceinline__ uint32_t dsa__cu_pack(float lo, float hi)
 /* 4 e4m3 values times a scale, each rounded once to bf16 */
 static __device__ __forceinline__ uint2 dsa__cu_widen4(uint32_t w, float s)
 {
-    if (DSA__CU_ABLATE & 16) return make_uint2(w, __float_as_uint(s));
     __half2_raw a = __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)(w & 0xFFFF), __NV_E4M3);
     __half2_raw b = __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)(w >> 16), __NV_E4M3);
     float2 x = __half22float2(__half2(a)), y = __half22float2(__half2(b));
@@ -2257,29 +2252,22 @@ static __global__ void __launch_bounds__(256, 1) dsa__cu_attend_portable(const _
             if (head < A.n_heads)     *(float2 *)(A.stats + 2 * at)       = make_float2(m0, l0);
             if (head + 8 < A.n_heads) *(float2 *)(A.stats + 2 * (at + 8)) = make_float2(m1, l1);
         }
-        if (!SPLIT && !__all_sync(~0u, a0 == 1.0f && a1 == 1.0f)) {         /* the same bits as in one step, and rare */
-#pragma unroll
-            for (int t = 0; t < TILES; t++) {
-                O[t][0] = __fmul_rn(a0, O[t][0]);
-                O[t][1] = __fmul_rn(a0, O[t][1]);
-                O[t][2] = __fmul_rn(a1, O[t][2]);
-                O[t][3] = __fmul_rn(a1, O[t][3]);
-            }
-        }
         if (FP8) {                                       /* the next leaf is widened between the products, to fill their waits */
             dsa__cu_copy_wait<0>();
             __syncwarp();
         }
+        uint32_t values[2][4];                           /* one tile ahead */
+        dsa__cu_ldmatrix_t(values[0], rows + lane * S::row + (((w * TILES) ^ (lane & 7)) << 4));
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
-            uint32_t v[4];
+            const uint32_t (&v)[4] = values[t & 1];
             float y[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+            if (t + 1 < TILES) dsa__cu_ldmatrix_t(values[(t + 1) & 1], rows + lane * S::row + (((w * TILES + t + 1) ^ (lane & 7)) << 4));
             if (FP8 && t == DQ / 64) {                   /* the raw rows have been read: the copies behind them may start */
                 __syncwarp();
                 fetch(leaf + 2);
             }
             if (FP8 && t < DQ / 64) widen(leaf + 1, t);             /* behind the last leaf: stale bytes into a tile that nobody reads */
-            dsa__cu_ldmatrix_t(v, rows + lane * S::row + (((w * TILES + t) ^ (lane & 7)) << 4));
             dsa__cu_mma(y, p[0], v[0], v[1]);
             dsa__cu_mma(y, p[1], v[2], v[3]);
             if (SPLIT) {
@@ -2287,10 +2275,10 @@ static __global__ void __launch_bounds__(256, 1) dsa__cu_attend_portable(const _
                 if (col < dim_v && head < A.n_heads)     *(float2 *)(A.parts + at * dim_v + col)       = make_float2(y[0], y[1]);
                 if (col < dim_v && head + 8 < A.n_heads) *(float2 *)(A.parts + (at + 8) * dim_v + col) = make_float2(y[2], y[3]);
             } else {
-                O[t][0] = __fmaf_rn(b0, y[0], O[t][0]);
-                O[t][1] = __fmaf_rn(b0, y[1], O[t][1]);
-                O[t][2] = __fmaf_rn(b1, y[2], O[t][2]);
-                O[t][3] = __fmaf_rn(b1, y[3], O[t][3]);
+                O[t][0] = __fmaf_rn(b0, y[0], __fmul_rn(a0, O[t][0]));
+                O[t][1] = __fmaf_rn(b0, y[1], __fmul_rn(a0, O[t][1]));
+                O[t][2] = __fmaf_rn(b1, y[2], __fmul_rn(a1, O[t][2]));
+                O[t][3] = __fmaf_rn(b1, y[3], __fmul_rn(a1, O[t][3]));
             }
         }
     }
@@ -2312,17 +2300,14 @@ static __global__ void __launch_bounds__(256, 1) dsa__cu_attend_portable(const _
 }
 
 /* ---- Hopper path: wgmma, mbarriers, a producer warpgroup (sm_90a) ----------------------------------- */
-/* R = 512, r = 64 or 0, rows on 16 bytes. A block attends for 64 heads of one row. Leaf: 64 entries. Warpgroup 2 brings leaf j into
-   buffer j % 2; warpgroup w of 0, 1 scores the leaves j with j % 2 = w (64 heads x 64 keys, 36 steps), takes their weights and hands
-   them to the other, and both multiply every leaf's weights, in order, with their half of the columns (O: 64 x 256, 128
-   registers). So the two are never in the same phase for long, and the tensor cores always have one of them.
-   A tile is 9 (8 without rope) chunks of 64 columns, each 64 rows of 128 bytes with the 128-byte swizzle: unit u of row s lies at
-   u ^ (s % 8). The rope chunk of a leaf is read only by its scores, so the weights are handed over in its place. */
-#define DSA__CU_LEAF_HOPPER 64
+/* R = 512, r = 64 or 0, rows on 16 bytes. Warpgroup 2 brings rows, warpgroups 0 and 1 multiply (dsa__cu_attend_pair). A tile is 9 (8 without
+   rope) chunks of 64 columns, each 64 rows of 128 bytes with the 128-byte swizzle: unit u of row s lies at u ^ (s % 8). The rope chunk is read
+   only by the scores, so weights are handed over in its place. */
+#define DSA__CU_LEAF_HOPPER 128
 #define DSA__CU_CHUNK 8192                               /* bytes of 64 rows x 64 columns */
 
-struct dsa__cu_hopper_smem {
-    static constexpr int q = 0, tile = 9 * DSA__CU_CHUNK, kv = tile, stats = 3 * tile, bars = stats + 2 * 128 * 16, valid = bars + 128, bytes = valid + 16;
+struct dsa__cu_pair_smem {
+    static constexpr int q = 0, tile = 9 * DSA__CU_CHUNK, kv = tile, swap = 3 * tile, bars = swap + 4 * 128 * 8, valid = bars + 128, bytes = valid + 32;
 };
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -2336,15 +2321,9 @@ static __device__ __forceinline__ void dsa__cu_bar_arrive_copies(uint32_t bar)
 static __device__ __forceinline__ void dsa__cu_bar_wait(uint32_t bar, int parity)
 {
     uint32_t done;
-#ifdef DSA__CU_TRAP
-    int spins = 0;
-#endif
     do {
         asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
             : "=r"(done) : "r"(bar), "r"(parity) : "memory");
-#ifdef DSA__CU_TRAP
-        if (++spins > 2000000) break;                /* wrong results instead of a hang; a trap would cost ptxas its register plan */
-#endif
     } while (!done);
 }
 /* what other threads stored, seen through a barrier, may now be read by wgmma and bulk copies */
@@ -2384,23 +2363,6 @@ static __device__ __forceinline__ void dsa__cu_wgmma_rs(float (&d)[32], const ui
         : DSA__CU_D32(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add), "n"(DSA__CU_DESC_HIGH));
 }
 
-/* the same with 32 columns */
-static __device__ __forceinline__ void dsa__cu_wgmma_rs(float (&d)[16], const uint32_t *a, uint32_t b, int add)
-{
-    asm volatile("{ .reg .pred p; .reg .b64 b; setp.ne.b32 p, %21, 0; mov.b64 b, {%20, %22};\n"
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, b, p, 1, 1, 1; }"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add), "n"(DSA__CU_DESC_HIGH));
-}
-
-#ifndef DSA__CU_PARTS
-#define DSA__CU_PARTS 0
-#endif
-#ifndef DSA__CU_N                                        /* columns per step of the fold, and steps in flight */
-#define DSA__CU_N 64
-#define DSA__CU_AHEAD 0
-#endif
 
 /* 16 bytes, zeros where `on` is 0. Predicated, not branched around: behind a branch the compiler copies the result, and so waits for it. */
 static __device__ __forceinline__ uint4 dsa__cu_load16(const void *from, int on)
@@ -2432,132 +2394,11 @@ static __device__ __forceinline__ float2 dsa__cu_read8(uint32_t from)
     return v;
 }
 
-/* bf16 rows. Thread (warp p, lane) brings unit lane % 8 of every chunk of rows 16 p + 4 j + lane / 8, j = 0..3. */
-template <int ROPE>
-static __device__ __forceinline__ void dsa__cu_produce_bf16(const dsa__cu_attend &A, const dsa__cu_entries &E, int first, int last,
-                                                            uint32_t kv, uint32_t full, uint32_t empty, unsigned short *valid)
-{
-    const int lane = threadIdx.x & 31, p = (threadIdx.x >> 5) & 3, sub = lane >> 3, unit = lane & 7;
-    int32_t next[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) next[j] = dsa__cu_entry(E, first * 64 + 16 * p + 4 * j + sub);
-    for (int i = 0; i < last - first; i++) {
-        const int b = i & 1;
-        const unsigned char *from[4];
-        int on[4];
-        uint32_t bits = 0;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            from[j] = dsa__cu_row(A, E, next[j]);
-            on[j] = from[j] != NULL;
-            uint32_t v = __ballot_sync(~0u, on[j]);
-            bits |= ((v & 1) | (v >> 7 & 2) | (v >> 14 & 4) | (v >> 21 & 8)) << (4 * j);
-            if (!on[j]) from[j] = E.data;
-            from[j] += unit * 16;
-            next[j] = dsa__cu_entry(E, (first + i + 1) * 64 + 16 * p + 4 * j + sub);
-        }
-        const uint32_t to = kv + b * dsa__cu_hopper_smem::tile + (16 * p + sub) * 128;
-        const uint32_t even = to + ((unit ^ sub) << 4), odd = to + 512 + ((unit ^ (sub + 4)) << 4);       /* rows 4 j + sub, modulo 8 */
-#pragma unroll
-        for (int c = 0; c < 8 + ROPE / 64; c++) {
-            if (i >= 2 && (c == 0 || c == 4)) dsa__cu_bar_wait(empty + 16 * b + 2 * c, ((i >> 1) + 1) & 1);
-            if (c == 4 && lane == 0) {                   /* behind the scorer's last look at the old bits: it has multiplied since */
-                valid[4 * b + p] = (unsigned short)bits;
-                dsa__cu_bar_arrive(full + 24 * b + 8);
-            }
-            if (!(DSA__CU_ABLATE & 1)) {
-                dsa__cu_copy16(even + c * DSA__CU_CHUNK,        from[0] + c * 128, on[0]);
-                dsa__cu_copy16(odd  + c * DSA__CU_CHUNK,        from[1] + c * 128, on[1]);
-                dsa__cu_copy16(even + c * DSA__CU_CHUNK + 1024, from[2] + c * 128, on[2]);
-                dsa__cu_copy16(odd  + c * DSA__CU_CHUNK + 1024, from[3] + c * 128, on[3]);
-            }
-            if (c == 3 || c >= 7) dsa__cu_bar_arrive_copies(full + 24 * b + (c >> 2) * 8);
-        }
-    }
-}
-
 /* The 4 threads of a row ask for its 6 lines, so that what they load later waits for the L2 only. */
 static __device__ __forceinline__ void dsa__cu_prefetch_fp8(const unsigned char *row, int u)
 {
     asm volatile("{ .reg .pred p; setp.ne.b64 p, %0, 0; @p prefetch.global.L2 [%0 + 0]; }" :: "l"(row ? row + 128 * u : row));
     asm volatile("{ .reg .pred p; setp.ne.b64 p, %0, 0; @p prefetch.global.L2 [%0 + 0]; }" :: "l"(row && u < 2 ? row + 512 + 128 * u : NULL));
-}
-
-/* FP8 rows, widened on the way. Thread (warp p, lane) does 16 values of every chunk, values 16 u .. 16 u + 15 with u = lane % 4, of rows
-   16 p + lane / 4 and 8 more: two neighbouring rows write all the banks once. While a half of two rows is widened the next half's
-   values are on their way into the registers that it leaves. */
-template <int ROPE>
-static __device__ __forceinline__ void dsa__cu_produce_fp8(const dsa__cu_attend &A, const dsa__cu_entries &E, int first, int last,
-                                                           uint32_t kv, uint32_t full, uint32_t empty, unsigned short *valid)
-{
-    const int lane = threadIdx.x & 31, p = (threadIdx.x >> 5) & 3, sub = lane >> 2, u = lane & 3, n = last - first;
-    uint4 v[8], scale[2];
-    const unsigned char *row[2], *ahead[2];
-    int32_t next[2];
-    if (n <= 0) return;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        row[h] = dsa__cu_row(A, E, dsa__cu_entry(E, first * 64 + 16 * p + 8 * h + sub));
-        next[h] = dsa__cu_entry(E, (first + 1) * 64 + 16 * p + 8 * h + sub);
-    }
-    dsa__cu_prefetch_fp8(row[0], u);
-    dsa__cu_prefetch_fp8(row[1], u);
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-#pragma unroll
-        for (int c = 0; c < 4; c++) v[4 * h + c] = dsa__cu_load16(row[h] + 64 * c + 16 * u, row[h] != NULL);
-        scale[h] = dsa__cu_load16(row[h] + 512, row[h] != NULL);
-    }
-    for (int i = 0; i < n; i++) {
-        const int b = i & 1;
-        const uint32_t to = kv + b * dsa__cu_hopper_smem::tile + (16 * p + sub) * 128;
-        const uint32_t to0 = to + (((2 * u) ^ sub) << 4), to1 = to + (((2 * u + 1) ^ sub) << 4);
-        uint32_t bits = 0;
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            uint32_t ball = __ballot_sync(~0u, row[h] != NULL && u == 0);
-#pragma unroll
-            for (int j = 0; j < 8; j++) bits |= (ball >> (4 * j) & 1) << (8 * h + j);
-            ahead[h] = i + 1 < n ? dsa__cu_row(A, E, next[h]) : NULL;
-        }
-#pragma unroll
-        for (int h = 0; h < 2; h++) next[h] = dsa__cu_entry(E, (first + i + 2) * 64 + 16 * p + 8 * h + sub);
-        dsa__cu_prefetch_fp8(ahead[0], u);
-        dsa__cu_prefetch_fp8(ahead[1], u);
-#pragma unroll
-        for (int part = 0; part < 2; part++) {
-            if (i >= 2) dsa__cu_bar_wait(empty + 16 * b + 8 * part, ((i >> 1) + 1) & 1);
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const float s0 = __uint_as_float(part ? scale[h].z : scale[h].x), s1 = __uint_as_float(part ? scale[h].w : scale[h].y);
-                const unsigned char *from = part ? ahead[h] : row[h] + 256;
-                const int on = (part ? ahead[h] : row[h]) != NULL;
-#pragma unroll
-                for (int c = 0; c < 4; c++) {
-                    const uint4 x = v[4 * h + c];
-                    const uint2 a0 = dsa__cu_widen4(x.x, c < 2 ? s0 : s1), a1 = dsa__cu_widen4(x.y, c < 2 ? s0 : s1);
-                    const uint2 a2 = dsa__cu_widen4(x.z, c < 2 ? s0 : s1), a3 = dsa__cu_widen4(x.w, c < 2 ? s0 : s1);
-                    v[4 * h + c] = dsa__cu_load16(from + 64 * c + 16 * u, on);
-                    dsa__cu_store16(to0 + h * 1024 + (4 * part + c) * DSA__CU_CHUNK, make_uint4(a0.x, a0.y, a1.x, a1.y));
-                    dsa__cu_store16(to1 + h * 1024 + (4 * part + c) * DSA__CU_CHUNK, make_uint4(a2.x, a2.y, a3.x, a3.y));
-                }
-                if (part) scale[h] = dsa__cu_load16(from + 512, on);
-            }
-            if (part == 1 && lane == 0) valid[4 * b + p] = (unsigned short)bits;
-            dsa__cu_bar_arrive(full + 24 * b + 8 * part);
-        }
-        if (ROPE) {
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const unsigned char *from = row[h] ? row[h] + 528 + 32 * u : E.data;
-                dsa__cu_copy16(to0 + h * 1024 + 8 * DSA__CU_CHUNK, from, row[h] != NULL);
-                dsa__cu_copy16(to1 + h * 1024 + 8 * DSA__CU_CHUNK, from + 16, row[h] != NULL);
-            }
-            dsa__cu_bar_arrive_copies(full + 24 * b + 16);
-        }
-        row[0] = ahead[0];
-        row[1] = ahead[1];
-    }
 }
 
 /* The end of a block that saw the whole list: O / (L + sink) of warpgroup w's half of the columns, lse and max. A thread has 2 columns of each
@@ -2608,203 +2449,12 @@ static __device__ __forceinline__ void dsa__cu_attend_end(const dsa__cu_attend &
     }
 }
 
-template <int ROPE, bool FP8, bool SPLIT>
-static __global__ void __launch_bounds__(384, 1) dsa__cu_attend_hopper(const __grid_constant__ dsa__cu_attend A)
-{
-    using S = dsa__cu_hopper_smem;
-    extern __shared__ __align__(1024) unsigned char smem[];
-    const uint32_t base = dsa__cu_smem(smem), kv = base + S::kv, full = base + S::bars, empty = full + 48, given = full + 80;
-    unsigned short *valid = (unsigned short *)(smem + S::valid);            /* [2] x 64 bits */
-    const int tid = threadIdx.x, lane = tid & 31, w = __shfl_sync(~0u, tid >> 7, 0);
-    const int n_groups = (A.n_heads + 63) / 64;
-    int unit = blockIdx.x;
-    const int group = unit % n_groups;
-    unit /= n_groups;
-    const int chunk = unit % A.n_chunks, row = unit / A.n_chunks;
-
-    if (tid == 0) {
-        for (int i = 0; i < 2; i++) {
-            for (int part = 0; part < 3; part++)                            /* bf16: the copies of 128 threads; 4 sets of bits with the second */
-                dsa__cu_bar_init(full + 24 * i + 8 * part, !FP8 && part == 1 ? 132 : 128);
-            for (int part = 0; part < 2; part++) dsa__cu_bar_init(empty + 16 * i + 8 * part, 4);
-            dsa__cu_bar_init(given + 8 * i, 4);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncthreads();
-    dsa__cu_wait_launch();
-    if (SPLIT) dsa__cu_let_launch();                     /* the merge may take its place; it waits for our end */
-    const dsa__cu_entries E = dsa__cu_entries_of(A, row);
-    const int n_leaves = (E.count + 63) / 64;
-    const int first = SPLIT ? min(chunk * A.leaves_per_chunk, n_leaves) : 0;
-    const int last = SPLIT ? min(first + A.leaves_per_chunk, n_leaves) : n_leaves;
-    const int n = last - first;
-
-    if (w == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(FP8 ? 88 : 72));
-        if (FP8) dsa__cu_produce_fp8<ROPE>(A, E, first, last, kv, full, empty, valid);
-        else     dsa__cu_produce_bf16<ROPE>(A, E, first, last, kv, full, empty, valid);
-    } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(FP8 ? 208 : 216));
-        constexpr int DIM = 512 + ROPE;
-        const float scale = A.scale * DSA__CU_LOG2E;
-        const int head = group * 64 + 16 * ((tid >> 5) & 3) + (lane >> 2);  /* and head + 8 */
-        {
-            const __nv_bfloat16 *q = A.q16 + ((int64_t)row * A.n_heads + group * 64) * DIM;
-            for (int i = tid; i < 64 * DIM / 8; i += 256) {
-                int r = i / (DIM / 8), u = i % (DIM / 8), on = group * 64 + r < A.n_heads;
-                dsa__cu_copy16(base + (u >> 3) * DSA__CU_CHUNK + r * 128 + (((u & 7) ^ (r & 7)) << 4), on ? q + (int64_t)r * DIM + u * 8 : A.q16, on);
-            }
-            dsa__cu_copy_commit();
-            dsa__cu_copy_wait<0>();
-            dsa__cu_proxy_fence();
-            dsa__cu_bar(1, 256);
-        }
-        float O[4][32], M0 = -INFINITY, M1 = -INFINITY, L0 = 0.0f, L1 = 0.0f;
-#pragma unroll
-        for (int c = 0; c < 4; c++)
-#pragma unroll
-            for (int j = 0; j < 32; j++) O[c][j] = 0.0f;
-
-        for (int i = 0; 2 * i < n; i++) {
-            if (2 * i + w < n) {                                            /* my leaf */
-                float s[32], m0 = -INFINITY, m1 = -INFINITY, l0 = 0.0f, l1 = 0.0f;
-                const uint32_t tile = kv + w * S::tile;
-                {
-                    const uint32_t a = dsa__cu_desc(base), b = dsa__cu_desc(tile);
-#pragma unroll
-                    for (int k = 0; k < DIM / 16; k++) {
-                        const int at = ((k >> 2) * DSA__CU_CHUNK + (k & 3) * 32) >> 4;
-                        if (k % 16 == 0) {
-                            if (DSA__CU_PARTS && k > 0) { dsa__cu_wgmma_commit(); dsa__cu_wgmma_wait<0>(); }
-                            if (DSA__CU_PARTS || k == 0) {
-                                dsa__cu_bar_wait(full + 24 * w + k / 2, i & 1);
-                                if (!DSA__CU_PARTS) dsa__cu_bar_wait(full + 24 * w + 8, i & 1);
-                                if (!DSA__CU_PARTS && ROPE) dsa__cu_bar_wait(full + 24 * w + 16, i & 1);
-                                dsa__cu_proxy_fence();
-                                dsa__cu_wgmma_fence();
-                            }
-                        }
-                        if (!(DSA__CU_ABLATE & 8) || k < 4) dsa__cu_wgmma_ss(s, a + at, b + at, k > 0);
-                    }
-                    dsa__cu_wgmma_commit();
-                    dsa__cu_wgmma_wait<0>();
-                }
-                const uint64_t bits = *(volatile uint64_t *)(valid + 4 * w) >> (2 * (lane & 3));
-#pragma unroll
-                for (int j = 0; j < 32; j++) s[j] *= scale;
-                if (*(volatile uint64_t *)(valid + 4 * w) != ~(uint64_t)0) {
-#pragma unroll
-                    for (int j = 0; j < 32; j++) if (!(bits >> (8 * (j >> 2) + (j & 1)) & 1)) s[j] = -INFINITY;
-                }
-#pragma unroll
-                for (int j = 0; j < 32; j += 4) {
-                    m0 = fmaxf(m0, fmaxf(s[j], s[j + 1]));
-                    m1 = fmaxf(m1, fmaxf(s[j + 2], s[j + 3]));
-                }
-                m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 1)); m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 2));
-                m1 = fmaxf(m1, __shfl_xor_sync(~0u, m1, 1)); m1 = fmaxf(m1, __shfl_xor_sync(~0u, m1, 2));
-                const float z0 = m0 == -INFINITY ? 0.0f : m0, z1 = m1 == -INFINITY ? 0.0f : m1;
-                const uint32_t mine = tile + 8 * DSA__CU_CHUNK + (tid & 127) * 16;
-#pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    uint32_t p[4];
-#pragma unroll
-                    for (int t = 0; t < 2; t++) {
-                        const float *x = s + 8 * k + 4 * t;
-                        float a0 = dsa__cu_exp2(x[0] - z0), a1 = dsa__cu_exp2(x[1] - z0), b0 = dsa__cu_exp2(x[2] - z1), b1 = dsa__cu_exp2(x[3] - z1);
-                        l0 += a0 + a1;
-                        l1 += b0 + b1;
-                        p[2 * t] = dsa__cu_pack(a0, a1);
-                        p[2 * t + 1] = dsa__cu_pack(b0, b1);
-                    }
-                    dsa__cu_store16(mine + k * 2048, make_uint4(p[0], p[1], p[2], p[3]));
-                }
-                l0 += __shfl_xor_sync(~0u, l0, 1); l0 += __shfl_xor_sync(~0u, l0, 2);
-                l1 += __shfl_xor_sync(~0u, l1, 1); l1 += __shfl_xor_sync(~0u, l1, 2);
-                dsa__cu_store16(base + S::stats + w * 2048 + (tid & 127) * 16,
-                                make_uint4(__float_as_uint(m0), __float_as_uint(m1), __float_as_uint(l0), __float_as_uint(l1)));
-                __syncwarp();
-                if (lane == 0) dsa__cu_bar_arrive(given + 8 * w);
-            }
-#pragma unroll
-            for (int e = 0; e < 2; e++) if (2 * i + e < n) {                /* both leaves, in order */
-                const uint32_t tile = kv + e * S::tile, from = tile + 8 * DSA__CU_CHUNK + (tid & 127) * 16;
-                uint32_t p[4][4];
-                float a0 = 0.0f, a1 = 0.0f, b0 = 0.0f, b1 = 0.0f, y[DSA__CU_AHEAD + 1][DSA__CU_N / 2];
-                if (e != w) {
-                    dsa__cu_bar_wait(given + 8 * e, i & 1);
-                    dsa__cu_proxy_fence();
-                }
-#pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    uint4 v = dsa__cu_read16(from + k * 2048);
-                    p[k][0] = v.x; p[k][1] = v.y; p[k][2] = v.z; p[k][3] = v.w;
-                }
-                const uint4 st = dsa__cu_read16(base + S::stats + e * 2048 + (tid & 127) * 16);
-                const int64_t at = SPLIT ? ((int64_t)row * A.n_leaves + first + 2 * i + e) * A.n_heads + head : 0;
-                if (SPLIT) {
-                    if (w == 0 && (lane & 3) == 0) {
-                        if (head < A.n_heads)     *(float2 *)(A.stats + 2 * at)       = make_float2(__uint_as_float(st.x), __uint_as_float(st.z));
-                        if (head + 8 < A.n_heads) *(float2 *)(A.stats + 2 * (at + 8)) = make_float2(__uint_as_float(st.y), __uint_as_float(st.w));
-                    }
-                } else {
-                    dsa__cu_fold(M0, L0, __uint_as_float(st.x), __uint_as_float(st.z), a0, b0);
-                    dsa__cu_fold(M1, L1, __uint_as_float(st.y), __uint_as_float(st.w), a1, b1);
-                }
-                const uint32_t v = dsa__cu_desc(tile + w * 4 * DSA__CU_CHUNK);
-                const bool same = __all_sync(~0u, a0 == 1.0f && a1 == 1.0f);
-                dsa__cu_wgmma_fence();
-#pragma unroll
-                for (int c = 0; c < 256 / DSA__CU_N + DSA__CU_AHEAD; c++) { /* DSA__CU_N columns at a time, AHEAD products ahead of the fold */
-                    constexpr int N = DSA__CU_N, AHEAD = DSA__CU_AHEAD, LAST = 256 / N;
-                    if (c < LAST) {
-                        dsa__cu_wgmma_fence();
-#pragma unroll
-                        for (int k = 0; k < (DSA__CU_ABLATE & 4 ? 1 : 4); k++)
-                            dsa__cu_wgmma_rs(y[c % (AHEAD + 1)], p[k], v + ((c * N / 64 * DSA__CU_CHUNK + c * N % 64 * 2 + k * 2048) >> 4), k > 0);
-                        dsa__cu_wgmma_commit();
-                    }
-                    if (c < AHEAD) continue;
-                    if (c < LAST) dsa__cu_wgmma_wait<AHEAD>(); else dsa__cu_wgmma_wait<0>();
-                    const int d = c - AHEAD;
-                    if (d == LAST - 1) {
-                        __syncwarp();
-                        if (lane == 0) dsa__cu_bar_arrive(empty + 16 * e + 8 * w);
-                    }
-                    float *o = O[d * N / 64] + d * N % 64 / 2, *x = y[d % (AHEAD + 1)];
-                    if (SPLIT) {
-                        float *to = A.parts + at * 512 + w * 256 + d * N + 2 * (lane & 3);
-#pragma unroll
-                        for (int j = 0; j < N / 8; j++) {
-                            if (head < A.n_heads)     *(float2 *)(to + 8 * j)           = make_float2(x[4 * j], x[4 * j + 1]);
-                            if (head + 8 < A.n_heads) *(float2 *)(to + 8 * j + 8 * 512) = make_float2(x[4 * j + 2], x[4 * j + 3]);
-                        }
-                    } else {
-                        if (!same) {
-#pragma unroll
-                            for (int j = 0; j < N / 2; j++) o[j] = __fmul_rn(j & 2 ? a1 : a0, o[j]);
-                        }
-#pragma unroll
-                        for (int j = 0; j < (DSA__CU_ABLATE & 2 ? 1 : N / 2); j++) o[j] = __fmaf_rn(j & 2 ? b1 : b0, x[j], o[j]);
-                    }
-                }
-            }
-        }
-        if (SPLIT) return;
-        dsa__cu_attend_end(A, O, M0, M1, L0, L1, row, group, w);
-    }
-}
-
 /* ---- the same with leaves of 128: both warpgroups in step ------------------------------------------------ */
 /* A leaf is two tiles of 64 rows. Warpgroup w scores tile w; both agree on the leaf's maximum, swap weights, and multiply all 128 keys'
    weights with their half of the columns, 64 columns at a time, 8 products a fold. A chunk (64 columns of both tiles) goes back to the
    producer as soon as it is multiplied, and scores take chunks in the order in which they come back: 0 4 1 5 2 6 3 7, then rope.
    A block goes through several (row, chunk of the list, head group); the producer is ahead of the output and of the next q.
    TWO: two blocks of a cluster do the two head groups of a row and share its rows: each widens one tile for both. */
-struct dsa__cu_pair_smem {
-    static constexpr int q = 0, tile = 9 * DSA__CU_CHUNK, kv = tile, swap = 3 * tile, bars = swap + 4 * 128 * 8, valid = bars + 128, bytes = valid + 32;
-};
 
 /* One unit of work. */
 typedef struct dsa__cu_unit { int32_t row, group, first, n; } dsa__cu_unit;
@@ -2946,15 +2596,16 @@ static __device__ __forceinline__ void dsa__cu_produce_pair_fp8(const dsa__cu_at
         uint4 v[AHEAD][SLOTS][2], scale[SLOTS], rope[TWO ? SLOTS : 1][2];
         const unsigned char *row[SLOTS];                 /* slot s: row 16 p + 8 (s % 2) + sub of tile rank + s / 2 */
         int32_t next[SLOTS];
-        if (U.n <= 0) { dsa__cu_produce_q<ROPE>(A, U, kv - dsa__cu_pair_smem::kv, empty + 72, empty + 80, turn++); continue; }
 #pragma unroll
         for (int s = 0; s < SLOTS; s++) next[s] = dsa__cu_entry(E, U.first * 128 + (rank + (s >> 1)) * 64 + 16 * p + 8 * (s & 1) + sub);
+        dsa__cu_produce_q<ROPE>(A, U, kv - dsa__cu_pair_smem::kv, empty + 72, empty + 80, turn++);         /* while the list is on its way */
 #pragma unroll
         for (int s = 0; s < SLOTS; s++) row[s] = dsa__cu_row(A, E, next[s]);
+        if (U.n <= 0) continue;
 #pragma unroll
         for (int s = 0; s < SLOTS; s++) {
             next[s] = dsa__cu_entry(E, (U.first + 1) * 128 + (rank + (s >> 1)) * 64 + 16 * p + 8 * (s & 1) + sub);
-            if (!TWO) dsa__cu_prefetch_fp8(row[s], u);
+            dsa__cu_prefetch_fp8(row[s], u);
         }
 #pragma unroll
         for (int d = 0; d < AHEAD; d++)
@@ -2970,7 +2621,6 @@ static __device__ __forceinline__ void dsa__cu_produce_pair_fp8(const dsa__cu_at
                 rope[s][1] = dsa__cu_load16(row[s] + 544 + 32 * u, row[s] != NULL);
             }
         }
-        dsa__cu_produce_q<ROPE>(A, U, kv - dsa__cu_pair_smem::kv, empty + 72, empty + 80, turn++);
         for (int i = 0; i < U.n; i++, it++) {
             uint32_t bits[2] = { 0, 0 };
 #pragma unroll
@@ -3238,8 +2888,6 @@ static __global__ void __launch_bounds__(384, 1) dsa__cu_attend_pair(const __gri
     if (TWO) dsa__cu_cluster_sync();                     /* nobody leaves while the other block may still reach for its memory */
 }
 #else
-template <int ROPE, bool FP8, bool SPLIT>
-static __global__ void dsa__cu_attend_hopper(const __grid_constant__ dsa__cu_attend A) { (void)A; }
 template <int ROPE, bool FP8, bool SPLIT, bool TWO>
 static __global__ void dsa__cu_attend_pair(const __grid_constant__ dsa__cu_attend A) { (void)A; }
 #endif
@@ -3253,7 +2901,7 @@ static int dsa__cu_attend_is_hopper(const dsa__cu *g, const dsa__cu_attend *A)
 
 static int dsa__cu_attend_leaf(const dsa__cu *g, const dsa__cu_attend *A)
 {
-    return dsa__cu_attend_is_hopper(g, A) ? 128 : DSA__CU_LEAF_PORTABLE;
+    return dsa__cu_attend_is_hopper(g, A) ? DSA__CU_LEAF_HOPPER : DSA__CU_LEAF_PORTABLE;
 }
 
 #define DSA__CU_PARTS_MOST ((size_t)128 << 20)
@@ -3262,11 +2910,14 @@ static int dsa__cu_attend_leaf(const dsa__cu *g, const dsa__cu_attend *A)
 static int dsa__cu_attend_takes(const dsa__cu *g, const dsa__cu_attend *A)
 {
     const int64_t R = A->pool.dim, r = A->pool.dim_rope;
+    const int small = R + r <= 320 && A->dim_v <= 256, fp8 = A->pool.format == DSA_FP8;
+    const size_t shared = small ? fp8 ? dsa__cu_portable_smem<320>::bytes_fp8 : dsa__cu_portable_smem<320>::bytes_bf16
+                                : fp8 ? dsa__cu_portable_smem<576>::bytes_fp8 : dsa__cu_portable_smem<576>::bytes_bf16;
+    if (!dsa__cu_attend_is_hopper(g, A) && shared > (size_t)g->shared) return 0;
     return g->path != DSA_CUDA_REFERENCE && !A->exact && (A->pool.format == DSA_BF16 || A->pool.format == DSA_FP8) && R % 8 == 0 && r % 8 == 0 &&
            A->dim_v % 8 == 0 && A->dim_v <= 512 && R + r <= 576 && (!A->q_bf16 || ((uintptr_t)A->q & 15) == 0) && (((uintptr_t)A->pool.data | A->pool.row_stride | A->pool.page_stride) & 3) == 0 &&
            A->batch.n_rows * ((A->n_heads + 31) / 32) * (int64_t)(g->n_sm + 1) < INT32_MAX &&
-           (A->pool.format != DSA_FP8 || R + (R + 127) / 128 * 4 + 2 * r <= (R + r <= 320 && A->dim_v <= 256
-                ? dsa__cu_portable_smem<320>::raw_row : dsa__cu_portable_smem<576>::raw_row));
+           (!fp8 || R + (R + 127) / 128 * 4 + 2 * r <= (small ? dsa__cu_portable_smem<320>::raw_row : dsa__cu_portable_smem<576>::raw_row));
 }
 
 /* Blocks that share a row's list: fills n_chunks, leaves_per_chunk, n_leaves and returns the bytes of workspace (0: no sharing). Sharing pays
@@ -3329,7 +2980,7 @@ static cudaError_t dsa__cu_attend_run(const dsa__cu *g, const dsa__cu_attend *ca
 #undef DSA__CU_GO4
 #undef DSA__CU_GO
     }
-    if (err != cudaSuccess || !split || DSA__CU_ABLATE & 64) return err;
+    if (err != cudaSuccess || !split) return err;
     args[1] = &leaf;
     return dsa__cu_launch(dsa__cu_attend_merge, dim3((unsigned)(A.batch.n_rows * A.n_heads)), (A.dim_v / 4 + 31) / 32 * 32, (size_t)A.n_leaves * 8, stream, g->overlap, 1, args);
 }
@@ -4495,7 +4146,7 @@ extern "C" dsa_status dsa_cuda_create(const dsa_cuda_desc *desc, dsa_cuda **cuda
         if (t.err == cudaSuccess) t.err = cudaFuncGetAttributes(&code, dsa__cu_attend_reference);   /* is there code for this device? */
         g->overlap = t.err == cudaSuccess && code.ptxVersion >= 90;      /* code for older devices does not wait */
         if (t.err == cudaSuccess) t.err = cudaFuncGetAttributes(&code, dsa__cu_attend_pair<64, true, false, true>);
-        hopper = t.err == cudaSuccess && major == 9 && code.maxThreadsPerBlock == 384;   /* what others have in its place is empty and unbounded */
+        hopper = t.err == cudaSuccess && major == 9 && code.numRegs > 100;   /* what other architectures have in its place is empty */
         if (t.err == cudaSuccess && g->path == DSA_CUDA_HOPPER && !hopper) t.err = cudaErrorInvalidDeviceFunction;
         if (g->path == DSA_CUDA_AUTO) g->path = hopper ? DSA_CUDA_HOPPER : DSA_CUDA_PORTABLE;
         if (t.err == cudaSuccess) t.err = dsa__cu_index_init(hopper);

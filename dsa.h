@@ -57,13 +57,13 @@
 /* ============================================================================================
    >>manual                                   what it computes, how to call it, what it promises
    ============================================================================================
-   Chapters: WHAT IT DOES NOT DO, ALGORITHM, LAYER, CALLS, BATCHES, BACKWARD, LAYOUTS, ROUNDING, CONTRACTS, THREADS, MEMORY, ERRORS,
+   Chapters: WHAT IT DOES NOT DO, ALGORITHM, LAYER, CALLS, BATCHES, BACKWARD, LAYOUTS, ROUNDING, CONTRACTS, THREADS, CUDA, MEMORY, ERRORS,
    OPTIONS, CONVENTIONS, PEERS, LIMITS, SOURCES.
 
    WHAT IT DOES NOT DO
      No model: no files, tokens, embeddings, MLP or experts, no residual; the layer ends at o_proj. Backward passes, but no optimiser.
-     CPU only in this version: DSA_DEVICE_CUDA is refused with DSA_ERR_NO_DEVICE. DeepSeek-V4's compressed caches (584-byte
-     rows, FP4 keys) are not there. No eviction from the front of a cache, no rings. It never allocates behind your back,
+     On GPUs: no projections, no backward, NVIDIA only. DeepSeek-V4's compressed caches (584-byte rows, FP4 keys) are not there.
+     No eviction from the front of a cache, no rings. It never allocates behind your back,
      prints, exits, or keeps global state.
 
    ALGORITHM
@@ -270,6 +270,21 @@
          config.n_threads = 8;  config.parallel_for = dsa_pool_run;  config.parallel_user = pool;
          dsa_init(&ctx, &config);                         // contexts hold a copy of the config: fill it before
          dsa_pool_destroy(pool);                          // at the end; a pool runs one call at a time, and no call from a task
+
+   CUDA: dsa_cuda.cu, one more file of the build (nvcc 12 or 13; make cuda); compute capability 8.0 and later
+     Define DSA_CUDA before the include where you call dsa_cuda_create. Caches then live on the GPU, and the calls on them run there:
+         dsa_cuda *gpu;
+         dsa_cuda_create(NULL, &gpu);                     // DSA_ERR_NO_DEVICE: none; leave config.cuda NULL, and AUTO means the CPU
+         config.cuda = gpu;  dsa_init(&ctx, &config);
+         desc.device = DSA_DEVICE_AUTO;  dsa_cache_create(&ctx, &desc, &cache);
+     Operands and results stay in host memory: append, score, score_select, attend_add, attend, step, layer (its attention) and
+     cache_read copy what they need through the scratch of the dsa_cuda, in tiles of rows, and wait. They need next to no workspace.
+     Select, merge, begin, finish and partial work on host memory in any case. One call at a time runs on a dsa_cuda; another thread
+     wants another one. A view over your own device memory says device CUDA; its block table stays on the host. The backward
+     calls refuse such caches. Engines that live on the GPU use the device level instead: dsa_cuda_append to dsa_cuda_step.
+     Promises: those of CONTRACTS, the same bits for a row whatever its batch mates, tiles and pages, on one path and device. Over F32
+     latents, with DSA_PRECISION_F32, and for shapes that tensor cores do not take, the kernels of DSA_CUDA_REFERENCE run.
+     Index scores: exact products and f32 sums, on Hopper's FP8 tensor cores with their narrower accumulator.
 
    MEMORY
      Only dsa_cache_create and dsa_pool_create allocate (config.allocator, the pool's argument, or malloc), once. dsa_cache_init
@@ -6903,6 +6918,16 @@ static int64_t dsa__spans(const dsa_ctx *ctx, const dsa_attend_args *a, dsa_kind
     return most;
 }
 
+/* Gradients are computed on the CPU only. */
+static dsa_status dsa__on_host(const dsa_ctx *ctx, int32_t n_seqs, const dsa_seq *seqs)
+{
+    int32_t i;
+    for (i = 0; i < n_seqs; i++)
+        if (dsa__on_device(seqs[i].latent) || dsa__on_device(seqs[i].index))
+            return dsa__fail(ctx, DSA_ERR_UNSUPPORTED, "backward: the caches live on a device");
+    return DSA_OK;
+}
+
 /* What can be wrong with a set, and how many columns its rows may have. */
 static dsa_status dsa__set_check(const dsa_ctx *ctx, const dsa_attend_args *a, dsa_kind kind, int64_t *n_rows, int64_t *n_columns)
 {
@@ -6910,6 +6935,7 @@ static dsa_status dsa__set_check(const dsa_ctx *ctx, const dsa_attend_args *a, d
     int32_t i;
     dsa_status st = dsa__rows(ctx, a->n_seqs, a->seqs, n_rows);
     if (st == DSA_OK) st = dsa__batch_check(ctx, a->n_seqs, a->seqs, kind);
+    if (st == DSA_OK) st = dsa__on_host(ctx, a->n_seqs, a->seqs);
     if (st != DSA_OK) return st;
     if (a->what != DSA_ATTEND_LIST && a->what != DSA_ATTEND_RANGE && a->what != DSA_ATTEND_VISIBLE)
         return dsa__fail(ctx, DSA_ERR_ARGUMENT, "backward: unknown what");
@@ -7483,6 +7509,7 @@ static dsa_status dsa__layer_back_plan(const dsa_ctx *ctx, const dsa_layer_backw
     c->args = a;
     if (!a || !a->grads) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_layer_backward: args or grads is NULL");
     st = dsa__layer_plan(ctx, &a->layer, arena, &c->fwd);
+    if (st == DSA_OK) st = dsa__on_host(ctx, a->layer.n_seqs, a->layer.seqs);
     if (st != DSA_OK) return st;
     if (!(a->index_weight >= -FLT_MAX && a->index_weight <= FLT_MAX))
         return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_layer_backward: index_weight is not finite");

@@ -3999,6 +3999,7 @@ static dsa__cu_arena dsa__cu_attend_lay(const dsa__cu *g, const dsa_ctx *ctx, co
     A->max = (float *)dsa__cu_take(&arena, m, H, 4);
     A->sum = (float *)dsa__cu_take(&arena, m, H, 4);
     A->lse = (float *)dsa__cu_take(&arena, m, H, 4);
+    A->max_logit = (float *)dsa__cu_take(&arena, m, H, 4);
     A->acc = (float *)dsa__cu_take(&arena, m, H * state->dim_v, 4);
     A->out = A->acc;
     A->sinks = sinks ? t->sinks : NULL;
@@ -4006,8 +4007,8 @@ static dsa__cu_arena dsa__cu_attend_lay(const dsa__cu *g, const dsa_ctx *ctx, co
     return arena;
 }
 
-static dsa_status dsa__cu_host_attend(const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state, int exact, int fused, const float *sinks,
-                                      float *lse, int run)
+static dsa_status dsa__cu_host_attend(const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state, int exact, int fused, int causal,
+                                      const float *sinks, float *lse, float *max_logit, int run)
 {
     dsa__cu *g = dsa__cu_of(ctx);
     dsa__cu_turn t = { 0, cudaSuccess };
@@ -4032,9 +4033,9 @@ static dsa_status dsa__cu_host_attend(const dsa_ctx *ctx, const dsa_attend_args 
             if (st != DSA_OK) break;
             for (i = 0; i < m; i++) {
                 int64_t visible = dsa__cu_max(len - n_q + at + i + 1, 0), ks = 0, ke = visible;
-                if (a->what == DSA_ATTEND_LIST) ks = fused ? visible : len;          /* the limit of valid positions */
+                if (a->what == DSA_ATTEND_LIST) ks = causal ? visible : len;         /* the limit of valid positions */
                 if (a->what == DSA_ATTEND_RANGE) {
-                    int64_t end = fused ? visible : len;
+                    int64_t end = causal ? visible : len;
                     ks = dsa__cu_bound(a->ks[row + i], 0, end);
                     ke = dsa__cu_bound(a->ke[row + i], 0, end);
                 }
@@ -4062,9 +4063,9 @@ static dsa_status dsa__cu_host_attend(const dsa_ctx *ctx, const dsa_attend_args 
             if (!fused) {
                 dsa__cu_down(g, &t, state->max + row * H, tile.call.max, (size_t)(m * H) * 4);
                 dsa__cu_down(g, &t, state->sum + row * H, tile.call.sum, (size_t)(m * H) * 4);
-            } else if (lse) {
-                dsa__cu_down(g, &t, lse + row * H, tile.call.lse, (size_t)(m * H) * 4);
             }
+            if (lse) dsa__cu_down(g, &t, lse + row * H, tile.call.lse, (size_t)(m * H) * 4);
+            if (max_logit) dsa__cu_down(g, &t, max_logit + row * H, tile.call.max_logit, (size_t)(m * H) * 4);
         }
     }
     return run ? dsa__cu_leave(g, t, st) : st;

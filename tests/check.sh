@@ -115,7 +115,7 @@ without_symbols() {
 build_tests() {
     program=$1
     shift
-    "$@" -std=c99 -Wall -Wextra tests/impl.c tests/main.c tests/test_*.c -lm -pthread -o "$program"
+    "$@" -std=c99 -Wall -Wextra tests/impl.c tests/main.c $(ls tests/test_*.c | grep -v test_cuda) -lm -pthread -o "$program"
 }
 
 # ---- sanitizers, other machines, fuzzing ---------------------------------------------------------

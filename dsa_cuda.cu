@@ -72,7 +72,8 @@ static __device__ __forceinline__ dsa__cu_seen dsa__cu_row_of(const dsa__cu_batc
 {
     dsa__cu_seen r;
     int64_t begin, n_q = b.n_q;
-    if (b.first) {                                       /* the last sequence that begins at or before the row: empty ones are passed over */
+    /* the last sequence that begins at or before the row: empty ones are passed over */
+    if (b.first) {
         int32_t lo = 0, hi = b.n_seqs;
         while (hi - lo > 1) {
             int32_t mid = lo + (hi - lo) / 2;
@@ -134,7 +135,8 @@ static __device__ __forceinline__ void dsa__cu_let_launch(void)
 static __device__ __forceinline__ uint32_t dsa__cu_smem(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 /* A launch that may overlap the one before (its kernels call dsa__cu_wait_launch), in clusters of so many blocks. */
-template <typename F> static cudaError_t dsa__cu_launch(F f, dim3 grid, int block, size_t smem, cudaStream_t stream, int overlap, int cluster, void **args)
+template <typename F> static cudaError_t dsa__cu_launch(F f, dim3 grid, int block, size_t smem, cudaStream_t stream, int overlap,
+    int cluster, void **args)
 {
     cudaLaunchConfig_t c = {};
     cudaLaunchAttribute at[2];
@@ -285,7 +287,8 @@ static __device__ __forceinline__ void dsa__cu_hadamard(float *x, int32_t dim)
 
 /* A row of D floats in shared memory becomes a row of the format at y; returns its scale (1 for F32, BF16). keys and query heads alike
    (ROUNDING in dsa.h). */
-static __device__ __forceinline__ float dsa__cu_round_row(int32_t format, int32_t hadamard, int32_t D, float *x, unsigned char *y, uint32_t *shared)
+static __device__ __forceinline__ float dsa__cu_round_row(int32_t format, int32_t hadamard, int32_t D, float *x, unsigned char *y,
+    uint32_t *shared)
 {
     int nan;
     float s = 1.0f, a;
@@ -312,10 +315,12 @@ static __device__ __forceinline__ float dsa__cu_round_row(int32_t format, int32_
    ============================================================================================ */
 
 /* Rows for one cache. slots: physical places; NULL: the last positions below each sequence's length. */
-typedef struct dsa__cu_append { dsa__cu_pool pool; const void *rows; const int64_t *slots; int32_t index_key, bf16; int64_t n; } dsa__cu_append;
+typedef struct dsa__cu_append { dsa__cu_pool pool; const void *rows; const int64_t *slots; int32_t index_key, bf16; int64_t n;
+    } dsa__cu_append;
 
 /* One block stores one row. x [DSA_MAX_DIM_INDEX], shared [32]. */
-static __device__ __forceinline__ void dsa__cu_append_row(const dsa__cu_append &a, const dsa__cu_batch &b, int64_t row, float *x, uint32_t *shared)
+static __device__ __forceinline__ void dsa__cu_append_row(const dsa__cu_append &a, const dsa__cu_batch &b, int64_t row, float *x,
+    uint32_t *shared)
 {
     const dsa__cu_pool &p = a.pool;
     const void *rows = a.rows;
@@ -405,9 +410,11 @@ static __device__ __forceinline__ int32_t dsa__cu_range(const dsa__cu_ranges &r,
     return of.seq;
 }
 
-/* What the faster kernels want to know of a row instead of asking themselves. lo, hi: its range within n_cols and within its table; end: hi,
+/* What the faster kernels want to know of a row instead of asking themselves. lo, hi: its range within n_cols and within its table; end:
+   hi,
    or lo where nothing need be scored because at most `skip` keys are seen. */
-typedef struct dsa__cu_bounds { int32_t *lo, *hi, *end, *seq; int64_t skip, n_cols; } dsa__cu_bounds;   /* [rows of a tile]; lo NULL: none are wanted */
+/* [rows of a tile]; lo NULL: none are wanted */
+typedef struct dsa__cu_bounds { int32_t *lo, *hi, *end, *seq; int64_t skip, n_cols; } dsa__cu_bounds;
 
 static __device__ __forceinline__ void dsa__cu_bound_row(const dsa__cu_bounds &b, const dsa__cu_ranges &ranges, int64_t row0, int64_t row)
 {
@@ -446,13 +453,15 @@ static __device__ __forceinline__ void dsa__cu_query_head(const dsa__cu_queries 
         if (threadIdx.x == 0) Q.v[at] = Q.w[at];
         return;
     }
-    for (int32_t i = (int32_t)threadIdx.x; i < D; i += (int32_t)blockDim.x) head[i] = dsa__cu_operand(Q.q, Q.q_type == DSA_BF16, at * D + i);
+    for (int32_t i = (int32_t)threadIdx.x; i < D; i += (int32_t)blockDim.x) head[i] = dsa__cu_operand(Q.q, Q.q_type == DSA_BF16,
+        at * D + i);
     __syncthreads();
     s = dsa__cu_round_row(Q.format, Q.hadamard, D, head, Q.x + at * D * bytes, shared);
     if (threadIdx.x == 0) Q.v[at] = __fmul_rn(Q.w[at], s);
 }
 
-/* The same operations for a head of 128 channels over planar keys by one warp, four channels a lane: butterflies at strides 1 and 2 within the
+/* The same operations for a head of 128 channels over planar keys by one warp, four channels a lane: butterflies at strides 1 and 2 within
+   the
    lane, at 4 .. 64 between lanes, the lower one of a pair adding and the upper one subtracting. */
 static __device__ __forceinline__ void dsa__cu_query_head_128(const dsa__cu_queries &Q, int64_t at)
 {
@@ -501,7 +510,8 @@ static __device__ __forceinline__ void dsa__cu_query_head_128(const dsa__cu_quer
 typedef struct dsa__cu_convert { const float *q; __nv_bfloat16 *to; int64_t n; } dsa__cu_convert;
 
 /* All that comes before scoring, in one launch: a block stores a row, rounds a head, or converts 1024 elements. */
-static __global__ void __launch_bounds__(128) dsa__cu_begin(dsa__cu_batch b, dsa__cu_append latent, dsa__cu_append index, dsa__cu_queries queries,
+static __global__ void __launch_bounds__(128) dsa__cu_begin(dsa__cu_batch b, dsa__cu_append latent, dsa__cu_append index,
+    dsa__cu_queries queries,
                                                             dsa__cu_convert convert)
 {
     __shared__ float x[DSA_MAX_DIM_INDEX];
@@ -541,7 +551,8 @@ static __global__ void __launch_bounds__(256) dsa__cu_fill(float *I, int64_t ldi
    A block: one row, DSA__CU_TILE keys; 8 warps take a head each, a lane takes a key. fill: columns outside the row's range get -inf (else
    they are left alone). Rows that see at most `skip` keys are left alone. A page that the table does not have: -inf. */
 template <int FORMAT>
-static __global__ void __launch_bounds__(256) dsa__cu_score_reference(dsa__cu_pool p, dsa__cu_ranges ranges, int32_t n_heads, const unsigned char *x,
+static __global__ void __launch_bounds__(256) dsa__cu_score_reference(dsa__cu_pool p, dsa__cu_ranges ranges, int32_t n_heads,
+    const unsigned char *x,
                                                                       const float *v, float *I, int64_t ldi, int64_t row0, int64_t n_cols,
                                                                       int32_t fill, int64_t skip)
 {
@@ -570,7 +581,8 @@ static __global__ void __launch_bounds__(256) dsa__cu_score_reference(dsa__cu_po
                     k[i / n][i % n] = rows[i / n] ? dsa__cu_key_value(FORMAT, rows[i / n], d0 + i % n) : 0.0f;
             for (i = (int32_t)threadIdx.x; i < 8 * n; i += 256) {
                 int32_t h = h0 + i / n;
-                q[i / n][i % n] = h < n_heads ? dsa__cu_key_value(FORMAT, x + ((size_t)(row - row0) * n_heads + h) * D * bytes, d0 + i % n) : 0.0f;
+                q[i / n][i % n] = h < n_heads ? dsa__cu_key_value(FORMAT, x + ((size_t)(row - row0) * n_heads + h) * D * bytes,
+                    d0 + i % n) : 0.0f;
             }
             __syncthreads();
             for (i = 0; i < n; i++) dot = __fadd_rn(dot, __fmul_rn(k[lane][i], q[warp][i]));
@@ -596,7 +608,8 @@ struct dsa__cu_index_args {
     const unsigned char *pages, *scales;             /* scales: of page 0 */
     int64_t              page_stride, scale_stride, n_pages;
     int32_t              page_size, page_shift;      /* shift: -1 if the size is no power of two */
-    const int32_t       *table;                      /* [n_seqs, table_ld]; outside [0, n_pages): a hole, its logits are NaN; NULL: block b is page b */
+    /* [n_seqs, table_ld]; outside [0, n_pages): a hole, its logits are NaN; NULL: block b is page b */
+    const int32_t       *table;
     int64_t              table_ld;
     int32_t              table_rows, first;          /* row t is of sequence seq[t], or (first + t) / table_rows */
     const int32_t       *seq;
@@ -615,7 +628,8 @@ __device__ __forceinline__ int64_t dsa__cu_index_table(const dsa__cu_index_args 
 }
 
 /* Address of key s, its scale's in *scale; NULL in a hole. */
-__device__ __forceinline__ const unsigned char *dsa__cu_index_key(const dsa__cu_index_args &a, int64_t table_at, int32_t s, int32_t row_bytes, const float **scale)
+__device__ __forceinline__ const unsigned char *dsa__cu_index_key(const dsa__cu_index_args &a, int64_t table_at, int32_t s,
+    int32_t row_bytes, const float **scale)
 {
     int32_t page = a.page_shift >= 0 ? s >> a.page_shift : s / a.page_size, at = s - page * a.page_size;
     if (a.table) page = __ldg(&a.table[table_at + page]);
@@ -662,12 +676,15 @@ __device__ __forceinline__ uint32_t dsa__cu_bf16x2(float lo, float hi)
     return r;
 }
 
-/* Four e4m3 to two bf16 pairs: exponent and mantissa moved into place, then times 2^120 (exact, subnormals too). 0x7f would become 480: it is put right, rarely. */
+/* Four e4m3 to two bf16 pairs: exponent and mantissa moved into place, then times 2^120 (exact, subnormals too). 0x7f would become 480: it
+   is put right, rarely. */
 __device__ __forceinline__ void dsa__cu_e4m3x4(uint32_t x, uint32_t *lo, uint32_t *hi)
 {
-    const uint32_t a = __byte_perm(x, 0, 0x1404), b = __byte_perm(x, 0, 0x3424);      /* bytes 0 x0 0 x1: the value in the high byte of each half */
+    /* bytes 0 x0 0 x1: the value in the high byte of each half */
+    const uint32_t a = __byte_perm(x, 0, 0x1404), b = __byte_perm(x, 0, 0x3424);
     const uint32_t sa = (a & 0x80008000u) | (a & 0x7f007f00u) >> 4, sb = (b & 0x80008000u) | (b & 0x7f007f00u) >> 4;
-    asm("{\n.reg .b32 z;\nmov.b32 z, 0x80008000;\nfma.rn.bf16x2 %0, %2, %4, z;\nfma.rn.bf16x2 %1, %3, %4, z;\n}" : "=r"(*lo), "=r"(*hi) : "r"(sa), "r"(sb), "r"(0x7b807b80u));
+    asm("{\n.reg .b32 z;\nmov.b32 z, 0x80008000;\nfma.rn.bf16x2 %0, %2, %4, z;\nfma.rn.bf16x2 %1, %3, %4, z;\n}" : "=r"(*lo), "=r"(*hi)
+        : "r"(sa), "r"(sb), "r"(0x7b807b80u));
     if ((((x & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u) != 0) {
         if ((a & 0x7f00u) == 0x7f00u) *lo |= 0x7fc0u;
         if ((a & 0x7f000000u) == 0x7f000000u) *lo |= 0x7fc00000u;
@@ -686,8 +703,10 @@ template <int FORMAT> __device__ __forceinline__ float dsa__cu_index_value(const
 
 #define DSA__CU_INDEX_THREADS 128
 
-/* A warp takes 32 keys as the A operand, straight from memory: lane c of a quad loads elements [c D/4, (c + 1) D/4) of its rows. That permutes the sum over d, which is free as
-   long as the queries (B, in shared memory as fragments) are permuted alike. ReLU, weights and the sum over heads stay in registers; the quad is summed last. */
+/* A warp takes 32 keys as the A operand, straight from memory: lane c of a quad loads elements [c D/4, (c + 1) D/4) of its rows. That
+   permutes the sum over d, which is free as
+   long as the queries (B, in shared memory as fragments) are permuted alike. ReLU, weights and the sum over heads stay in registers; the
+      quad is summed last. */
 template <int FORMAT, int D>
 __global__ void __launch_bounds__(DSA__CU_INDEX_THREADS, 4) dsa__cu_index_mma(dsa__cu_index_args a)
 {
@@ -701,7 +720,8 @@ __global__ void __launch_bounds__(DSA__CU_INDEX_THREADS, 4) dsa__cu_index_mma(ds
     uint4 *B = dsa__cu_index_shared;                                    /* [row][tile][KS / 2][lane] */
     float *w = (float *) (B + (int64_t) a.block_rows * tiles * (KS / 2) * 32);      /* [row][8 tiles] */
     for (int32_t i = threadIdx.x; i < n_rows * tiles * (KS / 2) * 32; i += DSA__CU_INDEX_THREADS) {
-        const int32_t l = i & 31, ks = i / 32 % (KS / 2) * 2, tile = i / (16 * KS) % tiles, r = i / (16 * KS) / tiles, h = 8 * tile + (l >> 2);
+        const int32_t l = i & 31, ks = i / 32 % (KS / 2) * 2, tile = i / (16 * KS) % tiles, r = i / (16 * KS) / tiles,
+            h = 8 * tile + (l >> 2);
         uint32_t b[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -770,16 +790,19 @@ __global__ void __launch_bounds__(DSA__CU_INDEX_THREADS, 4) dsa__cu_index_mma(ds
                         float *d = acc[m];
                         uint32_t *x = A[m][2 * j], *y = A[m][2 * j + 1];
                         asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(v.x), "r"(v.y));
+                            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(v.x),
+                                "r"(v.y));
                         asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(y[0]), "r"(y[1]), "r"(y[2]), "r"(y[3]), "r"(v.z), "r"(v.w));
+                            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(y[0]), "r"(y[1]), "r"(y[2]), "r"(y[3]), "r"(v.z),
+                                "r"(v.w));
                     }
                 }
                 const float2 u = *(const float2 *) &w[r * 8 * tiles + 8 * tile + 2 * c];
                 const int32_t h = 8 * tile + 2 * c;
                 if (8 * tile + 8 <= HI || h + 1 < HI) {
 #pragma unroll
-                    for (int i = 0; i < 4; i++) sum[i] = fmaf(u.y, dsa__cu_relu(acc[i / 2][2 * (i & 1) + 1]), fmaf(u.x, dsa__cu_relu(acc[i / 2][2 * (i & 1)]), sum[i]));
+                    for (int i = 0; i < 4; i++) sum[i] = fmaf(u.y, dsa__cu_relu(acc[i / 2][2 * (i & 1) + 1]), fmaf(u.x,
+                        dsa__cu_relu(acc[i / 2][2 * (i & 1)]), sum[i]));
                 } else if (h < HI) {
 #pragma unroll
                     for (int i = 0; i < 4; i++) sum[i] = fmaf(u.x, dsa__cu_relu(acc[i / 2][2 * (i & 1)]), sum[i]);
@@ -798,7 +821,8 @@ __global__ void __launch_bounds__(DSA__CU_INDEX_THREADS, 4) dsa__cu_index_mma(ds
     }
 }
 
-/* ---- Hopper (sm_90a): FP8 wgmma. Two warpgroups compute 64 keys each (A) against all heads of the block's rows (B, resident), a third one fetches keys. ---- */
+/* ---- Hopper (sm_90a): FP8 wgmma. Two warpgroups compute 64 keys each (A) against all heads of the block's rows (B, resident), a third
+   one fetches keys. ---- */
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
 #define DSA__CU_HOPPER 1
@@ -816,17 +840,22 @@ __device__ __forceinline__ void dsa__cu_mbar_wait(uint32_t bar, uint32_t phase)
     uint32_t spin = 0;
 #endif
     while (!ok) {
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(ok) : "r"(bar), "r"(phase) : "memory");
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(ok)
+            : "r"(bar), "r"(phase) : "memory");
 #ifdef DSA__CU_BOUNDED
         if (++spin > 2000000) __trap();
 #endif
     }
 }
 
-__device__ __forceinline__ void dsa__cu_mbar_arrive(uint32_t bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory"); }
+__device__ __forceinline__ void dsa__cu_mbar_arrive(uint32_t bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar)
+    : "memory"); }
 
 /* A K-major tile with rows of 128 bytes in the 128-byte swizzle: 8 rows are 1024 bytes. */
-__device__ __forceinline__ uint64_t dsa__cu_wgmma_desc(uint32_t smem) { return (uint64_t) ((smem & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
+__device__ __forceinline__ uint64_t dsa__cu_wgmma_desc(uint32_t smem)
+{
+    return (uint64_t) ((smem & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
 
 __device__ __forceinline__ void dsa__cu_wgmma_e4m3(float (&d)[32], uint64_t a, uint64_t b, int add)
 {
@@ -891,14 +920,16 @@ __global__ void __launch_bounds__(384, HP * ROWS > 64 ? 1 : 2) dsa__cu_index_hop
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
-    const int32_t first = s0 / DSA__CU_HOPPER_TILE * DSA__CU_HOPPER_TILE, tiles = (s1 - first + DSA__CU_HOPPER_TILE - 1) / DSA__CU_HOPPER_TILE;
+    const int32_t first = s0 / DSA__CU_HOPPER_TILE * DSA__CU_HOPPER_TILE,
+        tiles = (s1 - first + DSA__CU_HOPPER_TILE - 1) / DSA__CU_HOPPER_TILE;
 
     if (tid >= 256) {                                                   /* the fetching warpgroup */
         if (N > 64) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
         const int32_t t = tid - 256;
         const int64_t table_at = dsa__cu_index_table(a, row0);
         const int32_t lane = t & 31, warp0 = t & ~31;
-        /* A thread looks up one key (a load of the table that all its other loads wait for, so one tile ahead) and copies a part of eight. */
+        /* A thread looks up one key (a load of the table that all its other loads wait for, so one tile ahead) and copies a part of eight.
+           */
         const unsigned char *p = NULL;
         const float *ps = NULL;
         if (first + t >= s0 && first + t < s1) p = dsa__cu_index_key(a, table_at, first + t, 128, &ps);
@@ -912,9 +943,11 @@ __global__ void __launch_bounds__(384, HP * ROWS > 64 ? 1 : 2) dsa__cu_index_hop
                     const int32_t r = 4 * j + lane / 8;
                     const unsigned char *from = (const unsigned char *) __shfl_sync(~0u, (unsigned long long) p, r);
                     const uint32_t at = to + (warp0 + r) * 128 + ((lane % 8 ^ r % 8) << 4);
-                    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" :: "r"(at), "l"(from ? from + 16 * (lane % 8) : a.pages), "r"(from ? 16 : 0) : "memory");
+                    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" :: "r"(at), "l"(from ? from + 16 * (lane % 8)
+                        : a.pages), "r"(from ? 16 : 0) : "memory");
                 }
-                if (p) asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(dsa__cu_smem(&scales[st * DSA__CU_HOPPER_TILE + t])), "l"(ps) : "memory");
+                if (p) asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(dsa__cu_smem(&scales[st * DSA__CU_HOPPER_TILE + t])),
+                    "l"(ps) : "memory");
                 else scales[st * DSA__CU_HOPPER_TILE + t] = NAN;
                 const int32_t s = first + (i + 1) * DSA__CU_HOPPER_TILE + t;
                 p = NULL;
@@ -994,7 +1027,8 @@ __global__ void __launch_bounds__(384, HP * ROWS > 64 ? 1 : 2) dsa__cu_index_hop
                 if (Q == 2) {
                     const float keep = c & 2 ? z[Q - 1] : z[0], give = c & 2 ? z[0] : z[Q - 1];
                     const float sum = keep + __shfl_xor_sync(~0u, give, 2);
-                    const int32_t r = n * 2 + (c >> 1), l = c & 2 ? lo[(n * Q + Q - 1) % ROWS] : lo[n * Q % ROWS], e = c & 2 ? hi[(n * Q + Q - 1) % ROWS] : hi[n * Q % ROWS];
+                    const int32_t r = n * 2 + (c >> 1), l = c & 2 ? lo[(n * Q + Q - 1) % ROWS] : lo[n * Q % ROWS], e = c & 2
+                        ? hi[(n * Q + Q - 1) % ROWS] : hi[n * Q % ROWS];
                     if (key >= l && key < e) a.I[(row0 + r) * a.ldi + key] = sum * scale;
                 } else {
                     const float sum = z[0] + __shfl_xor_sync(~0u, z[0], 2);
@@ -1008,7 +1042,10 @@ __global__ void __launch_bounds__(384, HP * ROWS > 64 ? 1 : 2) dsa__cu_index_hop
 template <int HP, int ROWS> __global__ void dsa__cu_index_hopper(dsa__cu_index_args a) { }
 #endif
 
-template <int N> static constexpr size_t dsa__cu_hopper_bytes() { return 1024 + N * 128 + dsa__cu_hopper_shape<N>::stages * 128 * 132 + N * 4; }
+template <int N> static constexpr size_t dsa__cu_hopper_bytes()
+{
+    return 1024 + N * 128 + dsa__cu_hopper_shape<N>::stages * 128 * 132 + N * 4;
+}
 
 #define DSA__CU_INDEX_SHARED (96 * 1024)       /* portable: queries of one block */
 
@@ -1040,12 +1077,14 @@ static inline cudaError_t dsa__cu_index_init(bool hopper)
 static inline bool dsa__cu_index_takes(const dsa__cu_pool &p, int32_t heads)
 {
     const int64_t bytes = p.dim * (p.format == DSA_BF16 ? 2 : 1);
-    return p.format != DSA_F32 && (p.dim == 32 || p.dim == 64 || p.dim == 128) && (heads + 7) / 8 * 8 * (p.dim * 2 + 4) <= DSA__CU_INDEX_SHARED &&
+    return p.format != DSA_F32 && (p.dim == 32 || p.dim == 64 || p.dim == 128) &&
+       (heads + 7) / 8 * 8 * (p.dim * 2 + 4) <= DSA__CU_INDEX_SHARED &&
            p.row_stride == (size_t) bytes && ((uintptr_t) p.data & 15) == 0 && (p.page_stride % 16 == 0 || p.n_pages <= 1) &&
            (!p.planar || (((uintptr_t) p.scales & 3) == 0 && (p.scale_page_stride % 4 == 0 || p.n_pages <= 1)));
 }
 
-/* Fills in block_rows, chunk, chunks, page_shift of `a` and scores. hopper: the device has compute capability 9.0 (false forces the portable path). */
+/* Fills in block_rows, chunk, chunks, page_shift of `a` and scores. hopper: the device has compute capability 9.0 (false forces the
+   portable path). */
 static inline cudaError_t dsa__cu_index_launch(cudaStream_t stream, const dsa__cu *g, dsa__cu_index_args a)
 {
     const bool hopper = g->path == DSA_CUDA_HOPPER;
@@ -1059,7 +1098,8 @@ static inline cudaError_t dsa__cu_index_launch(cudaStream_t stream, const dsa__c
     if (a.seq) most = 1;
     if (most > 4) most = 4;
     if (most == 3) most = 2;
-    while (most > 1 && ((a.table && (a.table_rows % most || a.first % most)) || most >= 2 * a.rows)) most /= 2;      /* the rows of a block share their keys */
+    /* the rows of a block share their keys */
+    while (most > 1 && ((a.table && (a.table_rows % most || a.first % most)) || most >= 2 * a.rows)) most /= 2;
     a.block_rows = most;
     const int32_t blocks = (a.rows + most - 1) / most;
     const int32_t room = n_sm * (fast ? (most * (a.heads <= 64 ? 64 : 128) > 64 ? 1 : 2) : 4);
@@ -1075,17 +1115,23 @@ static inline cudaError_t dsa__cu_index_launch(cudaStream_t stream, const dsa__c
     cudaError_t err;
     if (fast) {
         if (a.heads <= 64) {
-            if (most == 4)      err = dsa__cu_launch(dsa__cu_index_hopper<64, 4>, dim3(grid), 384, dsa__cu_hopper_bytes<256>(), stream, 0, 1, args);
-            else if (most == 2) err = dsa__cu_launch(dsa__cu_index_hopper<64, 2>, dim3(grid), 384, dsa__cu_hopper_bytes<128>(), stream, 0, 1, args);
-            else                err = dsa__cu_launch(dsa__cu_index_hopper<64, 1>, dim3(grid), 384, dsa__cu_hopper_bytes<64>(), stream, 0, 1, args);
+            if (most == 4)      err = dsa__cu_launch(dsa__cu_index_hopper<64, 4>, dim3(grid), 384, dsa__cu_hopper_bytes<256>(), stream, 0,
+                1, args);
+            else if (most == 2) err = dsa__cu_launch(dsa__cu_index_hopper<64, 2>, dim3(grid), 384, dsa__cu_hopper_bytes<128>(), stream, 0,
+                1, args);
+            else                err = dsa__cu_launch(dsa__cu_index_hopper<64, 1>, dim3(grid), 384, dsa__cu_hopper_bytes<64>(), stream, 0,
+                1, args);
         } else {
-            if (most == 2)      err = dsa__cu_launch(dsa__cu_index_hopper<128, 2>, dim3(grid), 384, dsa__cu_hopper_bytes<256>(), stream, 0, 1, args);
-            else                err = dsa__cu_launch(dsa__cu_index_hopper<128, 1>, dim3(grid), 384, dsa__cu_hopper_bytes<128>(), stream, 0, 1, args);
+            if (most == 2)      err = dsa__cu_launch(dsa__cu_index_hopper<128, 2>, dim3(grid), 384, dsa__cu_hopper_bytes<256>(), stream, 0,
+                1, args);
+            else                err = dsa__cu_launch(dsa__cu_index_hopper<128, 1>, dim3(grid), 384, dsa__cu_hopper_bytes<128>(), stream, 0,
+                1, args);
         }
     } else {
         const size_t shared = (size_t) most * tiles * 8 * (a.dim * 2 + 4);
 #define DSA__CU_GO(F) (a.dim == 128 ? dsa__cu_launch(dsa__cu_index_mma<F, 128>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, 0, 1, args) \
-                     : a.dim == 64 ? dsa__cu_launch(dsa__cu_index_mma<F, 64>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, 0, 1, args) : dsa__cu_launch(dsa__cu_index_mma<F, 32>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, 0, 1, args))
+                     : a.dim == 64 ? dsa__cu_launch(dsa__cu_index_mma<F, 64>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, 0, 1, \
+                         args) : dsa__cu_launch(dsa__cu_index_mma<F, 32>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, 0, 1, args))
         if (a.format == DSA_FP8) err = DSA__CU_GO(DSA_FP8);
         else if (a.format == DSA_INT8) err = DSA__CU_GO(DSA_INT8);
         else err = DSA__CU_GO(DSA_BF16);
@@ -1134,7 +1180,8 @@ static __device__ void dsa__cu_sort(uint64_t *a, int64_t n)
 
 /* One block selects from one row of stored scores: the k-th largest key by four passes over its bytes, then the columns above it and the
    first ones equal to it, in order. Counters are integers, so their order does not matter. */
-static __global__ void __launch_bounds__(1024) dsa__cu_select_reference(dsa__cu_ranges ranges, const float *scores, int64_t ld, int64_t row0,
+static __global__ void __launch_bounds__(1024) dsa__cu_select_reference(dsa__cu_ranges ranges, const float *scores, int64_t ld,
+    int64_t row0,
                                                                         dsa__cu_selection sel)
 {
     __shared__ uint32_t bins[256], warps[32], chosen, left;
@@ -1278,10 +1325,13 @@ __device__ __forceinline__ void dsa__cu_count(uint32_t *hist, uint32_t digit, bo
     if (on && digit != first) atomicAdd(&hist[digit], 1u);
 }
 
-/* The rank-th largest (from 1) of the c that `each` visits, or rather the smallest cut with count(c >= cut) >= rank whose low bits are not yet needed: digits of 11
-   bits from bit top down, and no further once a whole bin is taken. passes < 6 stops early with a cut that is too low. 0 and *found < rank if there are fewer than rank. */
+/* The rank-th largest (from 1) of the c that `each` visits, or rather the smallest cut with count(c >= cut) >= rank whose low bits are not
+   yet needed: digits of 11
+   bits from bit top down, and no further once a whole bin is taken. passes < 6 stops early with a cut that is too low. 0 and *found < rank
+      if there are fewer than rank. */
 template <class Each>
-__device__ dsa__u64 dsa__cu_cut(Each each, uint32_t rank, int top, int passes, uint32_t *hist, uint32_t *sums, uint32_t *bin /* 3 shared words */)
+__device__ dsa__u64 dsa__cu_cut(Each each, uint32_t rank, int top, int passes, uint32_t *hist, uint32_t *sums,
+    uint32_t *bin /* 3 shared words */)
 {
     dsa__u64 prefix = 0;
     int shift = top;
@@ -1304,7 +1354,8 @@ __device__ dsa__u64 dsa__cu_cut(Each each, uint32_t rank, int top, int passes, u
         if (above < rank && rank <= above + sum) {
 #pragma unroll
             for (int i = 0; i < DSA__CU_TOPK_BINS; i++) {
-                if (above < rank && rank <= above + h[i]) { bin[0] = 2047 - DSA__CU_TOPK_BINS * threadIdx.x - i; bin[1] = rank - above; bin[2] = h[i]; }
+                if (above < rank && rank <= above + h[i]) { bin[0] = 2047 - DSA__CU_TOPK_BINS * threadIdx.x - i; bin[1] = rank - above;
+                    bin[2] = h[i]; }
                 above += h[i];
             }
         }
@@ -1318,13 +1369,16 @@ __device__ dsa__u64 dsa__cu_cut(Each each, uint32_t rank, int top, int passes, u
     return prefix << shift;
 }
 
-/* Writes the selected positions in ascending order: `fill` sets the bits of one window in `bitmap`, every thread then counts and emits its own run of words. */
+/* Writes the selected positions in ascending order: `fill` sets the bits of one window in `bitmap`, every thread then counts and emits its
+   own run of words. */
 template <class Fill>
-__device__ void dsa__cu_emit(Fill fill, int32_t lo, int32_t hi, int32_t window, int32_t k, const float *I, int32_t *indices, float *scores, int32_t *found, uint32_t *bitmap, uint32_t *sums)
+__device__ void dsa__cu_emit(Fill fill, int32_t lo, int32_t hi, int32_t window, int32_t k, const float *I, int32_t *indices, float *scores,
+    int32_t *found, uint32_t *bitmap, uint32_t *sums)
 {
     uint32_t done = 0;
     for (int32_t base = lo; base < hi; base += window) {
-        const int32_t words = (min(window, hi - base) + 31) / 32, mine = (words + DSA__CU_TOPK_THREADS - 1) / DSA__CU_TOPK_THREADS | 1;      /* odd: no bank conflicts */
+        /* odd: no bank conflicts */
+        const int32_t words = (min(window, hi - base) + 31) / 32, mine = (words + DSA__CU_TOPK_THREADS - 1) / DSA__CU_TOPK_THREADS | 1;
         fill(base, words);
         __syncthreads();
         uint32_t count = 0, total;
@@ -1343,11 +1397,14 @@ __device__ void dsa__cu_emit(Fill fill, int32_t lo, int32_t hi, int32_t window, 
         if (hi - base <= window) break;
     }
     if (found && threadIdx.x == 0) *found = (int32_t) done;
-    for (int32_t i = (int32_t) (done + threadIdx.x); i < k; i += DSA__CU_TOPK_THREADS) { indices[i] = -1; if (scores) scores[i] = -INFINITY; }
+    for (int32_t i = (int32_t) (done + threadIdx.x); i < k; i += DSA__CU_TOPK_THREADS) { indices[i] = -1;
+        if (scores) scores[i] = -INFINITY; }
 }
 
-/* One row, cut over `splits` blocks. 1. A sample gives a threshold that some more than k scores should pass (rank + 4 sigma). 2. Each block lists what passes in its part.
-   3. The last block finds the exact cut among the candidates. Where the sample misled (too few, too many), that block counts digits over the whole row instead: at most six
+/* One row, cut over `splits` blocks. 1. A sample gives a threshold that some more than k scores should pass (rank + 4 sigma). 2. Each
+   block lists what passes in its part.
+   3. The last block finds the exact cut among the candidates. Where the sample misled (too few, too many),
+      that block counts digits over the whole row instead: at most six
    readings, whatever the scores. */
 __global__ void __launch_bounds__(DSA__CU_TOPK_THREADS, 1024 / DSA__CU_TOPK_THREADS) dsa__cu_topk(dsa__cu_topk_args a)
 {
@@ -1368,10 +1425,12 @@ __global__ void __launch_bounds__(DSA__CU_TOPK_THREADS, 1024 / DSA__CU_TOPK_THRE
         if (a.found && part == 0 && tid == 0) a.found[row] = n;
         return;
     }
-    const int32_t skew = (int32_t) (((uintptr_t) (I + lo) >> 2) & 3), quads = (n + skew + 3) / 4;       /* parts begin at 16-byte addresses */
+    /* parts begin at 16-byte addresses */
+    const int32_t skew = (int32_t) (((uintptr_t) (I + lo) >> 2) & 3), quads = (n + skew + 3) / 4;
     const int32_t q_part = ((quads + a.splits - 1) / a.splits + 7) & ~7, q0 = min(quads, part * q_part), q1 = min(quads, q0 + q_part);
     const float4 *I4 = (const float4 *) (I + lo - skew);
-    if (a.splits > 1) for (int32_t q = q0 + 8 * tid; q < q1; q += 8 * DSA__CU_TOPK_THREADS) asm volatile("prefetch.global.L2 [%0];" :: "l"(I4 + q));
+    if (a.splits > 1) for (int32_t q = q0 + 8 * tid; q < q1;
+        q += 8 * DSA__CU_TOPK_THREADS) asm volatile("prefetch.global.L2 [%0];" :: "l"(I4 + q));
     if (n > a.cap && k < a.cap) {
         float x[DSA__CU_TOPK_SAMPLE];
         const double step = (double) n / a.sample;
@@ -1379,10 +1438,12 @@ __global__ void __launch_bounds__(DSA__CU_TOPK_THREADS, 1024 / DSA__CU_TOPK_THRE
         const uint32_t rank = (uint32_t) (want + 4.0f * sqrtf(want) + 2.0f);
 #pragma unroll
         for (int i = 0; i < DSA__CU_TOPK_SAMPLE; i++) {
-            const uint32_t j = (uint32_t) tid + DSA__CU_TOPK_THREADS * i, hash = (j * 2654435761u) >> 8;          /* jitter, lest a period of the scores be met */
+            /* jitter, lest a period of the scores be met */
+            const uint32_t j = (uint32_t) tid + DSA__CU_TOPK_THREADS * i, hash = (j * 2654435761u) >> 8;
             x[i] = j < (uint32_t) a.sample ? I[lo + min((int32_t) ((j + hash * (1.0f / 16777216.0f)) * step), n - 1)] : -INFINITY;
         }
-        /* Scores crowd into few digits, and crowded digits are slow atomics. The least of the maxima of small groups lies a little under the threshold (in a group of s of
+        /* Scores crowd into few digits, and crowded digits are slow atomics. The least of the maxima of small groups lies a little under
+           the threshold (in a group of s of
            m samples: at about the fraction ln(m / s) / s from the top); above it few samples remain, and their own range spreads them. */
         uint32_t most = 0;
 #pragma unroll
@@ -1402,7 +1463,8 @@ __global__ void __launch_bounds__(DSA__CU_TOPK_THREADS, 1024 / DSA__CU_TOPK_THRE
         if (most > least) cut = dsa__cu_cut([&](auto f) {
 #pragma unroll
             for (int i = 0; i < DSA__CU_TOPK_SAMPLE; i++)
-                if (DSA__CU_TOPK_THREADS * i < a.sample) { const uint32_t key = dsa__cu_key(x[i]); f((dsa__u64) (key - least) << 32, key >= least); }
+                if (DSA__CU_TOPK_THREADS * i < a.sample) { const uint32_t key = dsa__cu_key(x[i]); f((dsa__u64) (key - least) << 32,
+                    key >= least); }
         }, rank, 64 - __clz(most - least), 1, hist, sums, bin);
         if (cut) cut += base;
         else cut = dsa__cu_cut([&](auto f) {                            /* too few above it */
@@ -1439,7 +1501,8 @@ __global__ void __launch_bounds__(DSA__CU_TOPK_THREADS, 1024 / DSA__CU_TOPK_THRE
 #pragma unroll
             for (int i = 0; i < 16; i++)
                 if (hits >> i & 1) {
-                    if (at < (uint32_t) a.cap) cand[at] = dsa__cu_rank(x[i], (uint32_t) (lo + 4 * (q + DSA__CU_TOPK_THREADS * (i / 4)) - skew + i % 4));
+                    if (at < (uint32_t) a.cap) cand[at] = dsa__cu_rank(x[i],
+                        (uint32_t) (lo + 4 * (q + DSA__CU_TOPK_THREADS * (i / 4)) - skew + i % 4));
                     at++;
                 }
         }
@@ -1452,7 +1515,8 @@ __global__ void __launch_bounds__(DSA__CU_TOPK_THREADS, 1024 / DSA__CU_TOPK_THRE
         if (tid == 0) bin[3] = atomicAdd(&a.counts[2 * row], found);
         __syncthreads();
         const uint32_t at = bin[3];
-        for (uint32_t i = tid; i < min(found, (uint32_t) a.cap); i += DSA__CU_TOPK_THREADS) if (at + i < (uint32_t) a.cap) all[at + i] = cand[i];
+        for (uint32_t i = tid; i < min(found, (uint32_t) a.cap);
+            i += DSA__CU_TOPK_THREADS) if (at + i < (uint32_t) a.cap) all[at + i] = cand[i];
         __threadfence();
         __syncthreads();
         if (tid == 0) last = atomicAdd(&a.counts[2 * row + 1], 1u) == (uint32_t) a.splits - 1;
@@ -1479,7 +1543,8 @@ __global__ void __launch_bounds__(DSA__CU_TOPK_THREADS, 1024 / DSA__CU_TOPK_THRE
             __syncthreads();
             const dsa__u64 base = (dsa__u64) threshold << 32;
             cut = base + dsa__cu_cut([&](auto f) {
-                for (uint32_t i = 0; i < found; i += DSA__CU_TOPK_THREADS) { const bool on = i + tid < found; f(on ? cand[i + tid] - base : 0, on); }
+                for (uint32_t i = 0; i < found; i += DSA__CU_TOPK_THREADS) { const bool on = i + tid < found; f(on ? cand[i + tid] - base
+                    : 0, on); }
             }, (uint32_t) k, 64 - __clz(most - threshold), 6, hist, sums, bin);
         }
         dsa__cu_emit([&](int32_t base, int32_t words) {
@@ -1498,7 +1563,8 @@ __global__ void __launch_bounds__(DSA__CU_TOPK_THREADS, 1024 / DSA__CU_TOPK_THRE
 #pragma unroll
                 for (int i = 0; i < 4; i++) { const int32_t j = s + DSA__CU_TOPK_THREADS * i + tid; x[i] = j < n ? I[lo + j] : -INFINITY; }
 #pragma unroll
-                for (int i = 0; i < 4; i++) { const dsa__u64 c = dsa__cu_rank(x[i], (uint32_t) (lo + s + DSA__CU_TOPK_THREADS * i + tid)); f(c, c >> 32 != 0); }
+                for (int i = 0; i < 4; i++) { const dsa__u64 c = dsa__cu_rank(x[i], (uint32_t) (lo + s + DSA__CU_TOPK_THREADS * i + tid));
+                    f(c, c >> 32 != 0); }
             }
         }, (uint32_t) k, 64, 6, hist, sums, bin);
         if (cut < 1ull << 32) cut = 1ull << 32;
@@ -1512,14 +1578,16 @@ __global__ void __launch_bounds__(DSA__CU_TOPK_THREADS, 1024 / DSA__CU_TOPK_THRE
     }
 }
 
-/* Ascending positions to the total order: a bitonic sort of c in shared memory; -1 sorts last. k2: k rounded up to a power of two, at most DSA__CU_TOPK_RANKED. */
+/* Ascending positions to the total order: a bitonic sort of c in shared memory; -1 sorts last. k2: k rounded up to a power of two, at most
+   DSA__CU_TOPK_RANKED. */
 __global__ void __launch_bounds__(DSA__CU_TOPK_THREADS) dsa__cu_topk_by_rank(int32_t k, int32_t k2, int32_t *indices, float *scores)
 {
     extern __shared__ dsa__u64 dsa__cu_topk_shared[];
     dsa__u64 *c = dsa__cu_topk_shared;
     indices += (int64_t) blockIdx.x * k;
     scores += (int64_t) blockIdx.x * k;
-    for (int32_t i = threadIdx.x; i < k2; i += DSA__CU_TOPK_THREADS) c[i] = i < k && indices[i] >= 0 ? dsa__cu_rank(scores[i], (uint32_t) indices[i]) : 0;
+    for (int32_t i = threadIdx.x; i < k2; i += DSA__CU_TOPK_THREADS) c[i] = i < k && indices[i] >= 0 ? dsa__cu_rank(scores[i],
+        (uint32_t) indices[i]) : 0;
     for (int32_t size = 2; size <= k2; size *= 2)
         for (int32_t d = size / 2; d; d /= 2) {
             __syncthreads();
@@ -1547,7 +1615,8 @@ static inline dsa__cu_topk_plan dsa__cu_topk_prepare(const dsa__cu *g, int32_t r
     p.sample = n > 256 * 1024 ? 4096 : 2048;
     const double step = (double) n / p.sample, want = k / step, rank = want + 4 * sqrt(want) + 2;
     p.group = 16;
-    for (double s; p.group > 1 && (s = (double) p.sample / DSA__CU_TOPK_THREADS * p.group, log(p.sample / s) / s < 1.5 * rank / p.sample); ) p.group /= 2;
+    for (double s; p.group > 1 && (s = (double) p.sample / DSA__CU_TOPK_THREADS * p.group, log(p.sample / s) / s < 1.5 * rank / p.sample);
+        ) p.group /= 2;
     double cap = n < 8192 ? n : (rank + 5 * sqrt(rank) + 2) * step;
     if (cap < k + 64) cap = k + 64;
     if (cap < 4096) cap = 4096;
@@ -1586,13 +1655,16 @@ static inline cudaError_t dsa__cu_topk_init(const dsa__cu *g)
 
 /* A planned selection. workspace: plan.bytes, any contents, 16-byte aligned. follows: a scoring kernel before it in the stream
    has set the counts at the start of the workspace to zero; overlap: by programmatic dependent launch (sm_90). */
-static inline cudaError_t dsa__cu_topk_launch(cudaStream_t stream, const dsa__cu *g, const dsa__cu_topk_plan &p, const float *I, int64_t ldi, const int32_t *lo, const int32_t *hi,
-                                              int32_t rows, int32_t n, int32_t k, bool by_rank, bool follows, bool fallback, int32_t *indices, float *scores, int32_t *found,
+static inline cudaError_t dsa__cu_topk_launch(cudaStream_t stream, const dsa__cu *g, const dsa__cu_topk_plan &p, const float *I,
+    int64_t ldi, const int32_t *lo, const int32_t *hi,
+                                              int32_t rows, int32_t n, int32_t k, bool by_rank, bool follows, bool fallback,
+                                                  int32_t *indices, float *scores, int32_t *found,
                                               void *workspace)
 {
     const bool overlap = g->overlap != 0;
     if (rows < 1 || k < 1) return cudaSuccess;
-    dsa__cu_topk_args a = { I, ldi, lo, hi, n, k, rows, p.splits, p.sample, p.group, p.cap, p.window, indices, scores, (dsa__u64 *) ((char *) workspace + p.count_bytes), (uint32_t *) workspace,
+    dsa__cu_topk_args a = { I, ldi, lo, hi, n, k, rows, p.splits, p.sample, p.group, p.cap, p.window, indices, scores,
+        (dsa__u64 *) ((char *) workspace + p.count_bytes), (uint32_t *) workspace,
                             found, fallback };
     if (p.splits > 1 && !follows) {
         cudaError_t e = cudaMemsetAsync(workspace, 0, p.count_bytes, stream);
@@ -1619,7 +1691,8 @@ static inline cudaError_t dsa__cu_topk_launch(cudaStream_t stream, const dsa__cu
 }
 
 /* Ranges of the rows of stored scores, and zeroed counters. */
-static __global__ void __launch_bounds__(256) dsa__cu_select_begin(dsa__cu_ranges ranges, dsa__cu_bounds bounds, int64_t n_rows, uint32_t *clear, size_t n_clear)
+static __global__ void __launch_bounds__(256) dsa__cu_select_begin(dsa__cu_ranges ranges, dsa__cu_bounds bounds, int64_t n_rows,
+    uint32_t *clear, size_t n_clear)
 {
     const int64_t i = (int64_t) blockIdx.x * 256 + threadIdx.x;
     if (i < n_rows) dsa__cu_bound_row(bounds, ranges, 0, i);
@@ -1640,7 +1713,8 @@ typedef struct dsa__cu_attend {
     const __nv_bfloat16 *q16;                            /* the same in bf16: what tensor cores take */
     int32_t q_bf16, out_bf16, exact;
     const int32_t *indices, *counts, *ks, *ke;
-    const int32_t *limits;                               /* optional [n_rows]: a list's valid positions are [0, limit) instead of [0, len) */
+    /* optional [n_rows]: a list's valid positions are [0, limit) instead of [0, len) */
+    const int32_t *limits;
     int64_t index_stride;
     int32_t k;                                           /* entries of a list; else at least those of the longest range */
     int32_t prepared;                                    /* q16 is there: a step */
@@ -1746,7 +1820,8 @@ static __global__ void __launch_bounds__(256) dsa__cu_attend_reference(dsa__cu_a
     __shared__ const unsigned char *rows[DSA__CU_ROWS + 32];
     __shared__ float kv[DSA__CU_ROWS][33], q[8][33], x[DSA__CU_ROWS][8], max[8], sum[8], keep[8];
     __shared__ int32_t held;
-    const int32_t tid = (int32_t)threadIdx.x, groups = (A.n_heads + 7) / 8, R = A.pool.dim, dim = R + A.pool.dim_rope, format = A.pool.format;
+    const int32_t tid = (int32_t)threadIdx.x, groups = (A.n_heads + 7) / 8, R = A.pool.dim, dim = R + A.pool.dim_rope,
+        format = A.pool.format;
     const int64_t row = A.row0 + blockIdx.x / groups, head = (int64_t)(blockIdx.x % groups) * 8, at = row * A.n_heads + head;
     const int32_t lanes = (int32_t)(A.n_heads - head < 8 ? A.n_heads - head : 8);
     const dsa__cu_entries E = dsa__cu_entries_of(A, row);
@@ -1778,7 +1853,8 @@ static __global__ void __launch_bounds__(256) dsa__cu_attend_reference(dsa__cu_a
         for (d0 = 0; d0 < dim; d0 += 32) {
             int32_t m = dim - d0 < 32 ? dim - d0 : 32;
             for (i = tid; i < n * 32; i += 256) if (i % 32 < m) kv[i / 32][i % 32] = dsa__cu_latent(format, R, rows[i / 32], d0 + i % 32);
-            for (i = tid; i < lanes * 32; i += 256) if (i % 32 < m) q[i / 32][i % 32] = dsa__cu_operand(A.q, A.q_bf16, (at + i / 32) * dim + d0 + i % 32);
+            for (i = tid; i < lanes * 32; i += 256) if (i % 32 < m) q[i / 32][i % 32] = dsa__cu_operand(A.q, A.q_bf16,
+                (at + i / 32) * dim + d0 + i % 32);
             __syncthreads();
             for (d = 0; d < m; d++) {
                 dot[0] = __fadd_rn(dot[0], __fmul_rn(kv[tid / 8][d], q[tid % 8][d]));
@@ -1854,7 +1930,8 @@ static __global__ void __launch_bounds__(256) dsa__cu_attend_reference(dsa__cu_a
 }
 
 /* dsa_attend_merge of dsa.h: one block per (row, head). An lse of +inf is an empty row of attend and weighs as much as -inf: nothing. */
-static __global__ void __launch_bounds__(128) dsa__cu_merge(int32_t n_parts, const float *outs, const float *lses, int64_t n, int32_t n_heads,
+static __global__ void __launch_bounds__(128) dsa__cu_merge(int32_t n_parts, const float *outs, const float *lses, int64_t n,
+    int32_t n_heads,
                                                             int32_t dim_v, const float *sinks, void *out, int32_t bf16, float *lse)
 {
     const int64_t i = blockIdx.x;
@@ -1906,7 +1983,8 @@ static __device__ __forceinline__ void dsa__cu_copy4(uint32_t to, const void *fr
 }
 
 static __device__ __forceinline__ void dsa__cu_copy_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> static __device__ __forceinline__ void dsa__cu_copy_wait(void) { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
+template <int N> static __device__ __forceinline__ void dsa__cu_copy_wait(void) { asm volatile("cp.async.wait_group %0;" :: "n"(N)
+    : "memory"); }
 
 static __device__ __forceinline__ void dsa__cu_bar(int id, int n) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(n) : "memory"); }
 
@@ -2059,12 +2137,14 @@ static __device__ __forceinline__ void dsa__cu_mma(float (&d)[4], const uint32_t
 
 static __device__ __forceinline__ void dsa__cu_ldmatrix(uint32_t (&r)[4], uint32_t at)
 {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+        : "r"(at) : "memory");
 }
 
 static __device__ __forceinline__ void dsa__cu_ldmatrix_t(uint32_t (&r)[4], uint32_t at)
 {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+        : "r"(at) : "memory");
 }
 
 template <int DQ> struct dsa__cu_portable_smem {
@@ -2082,9 +2162,11 @@ static __global__ void __launch_bounds__(256, 1) dsa__cu_attend_portable(const _
     constexpr int LEAF = S::leaf, STEPS = DQ / 16, TILES = DV / 32;         /* TILES: of 8 columns, per warp */
     extern __shared__ __align__(1024) unsigned char smem[];
     float *scores = (float *)(smem + (FP8 ? S::at_scores_fp8 : S::at_scores_bf16));
-    unsigned char *valid = (unsigned char *)(scores + 32 * S::scores);      /* [4][LEAF]: two more than slots, since a fast warp may be a leaf ahead */
+    /* [4][LEAF]: two more than slots, since a fast warp may be a leaf ahead */
+    unsigned char *valid = (unsigned char *)(scores + 32 * S::scores);
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = warp >> 2, w = warp & 3;
-    const int n_groups = (A.n_heads + 31) / 32, R = MLA ? 512 : A.pool.dim, r = MLA ? 64 : A.pool.dim_rope, D = R + r, dim_v = MLA ? 512 : A.dim_v;
+    const int n_groups = (A.n_heads + 31) / 32, R = MLA ? 512 : A.pool.dim, r = MLA ? 64 : A.pool.dim_rope, D = R + r, dim_v = MLA ? 512
+        : A.dim_v;
     int unit = blockIdx.x;
     const int group = unit % n_groups;
     unit /= n_groups;
@@ -2207,8 +2289,10 @@ static __global__ void __launch_bounds__(256, 1) dsa__cu_attend_portable(const _
             const int col = w * 8 + 2 * (lane & 3);
             const bool on0 = valid[(leaf & 3) * LEAF + col] != 0, on1 = valid[(leaf & 3) * LEAF + col + 1] != 0;
             float *to = scores + (g * 16 + (lane >> 2)) * S::scores + col;
-            *(float2 *)to = make_float2(on0 ? (sum[0][0] + sum[1][0] + sum[2][0]) * c : -INFINITY, on1 ? (sum[0][1] + sum[1][1] + sum[2][1]) * c : -INFINITY);
-            *(float2 *)(to + 8 * S::scores) = make_float2(on0 ? (sum[0][2] + sum[1][2] + sum[2][2]) * c : -INFINITY, on1 ? (sum[0][3] + sum[1][3] + sum[2][3]) * c : -INFINITY);
+            *(float2 *)to = make_float2(on0 ? (sum[0][0] + sum[1][0] + sum[2][0]) * c : -INFINITY, on1
+                ? (sum[0][1] + sum[1][1] + sum[2][1]) * c : -INFINITY);
+            *(float2 *)(to + 8 * S::scores) = make_float2(on0 ? (sum[0][2] + sum[1][2] + sum[2][2]) * c : -INFINITY, on1
+                ? (sum[0][3] + sum[1][3] + sum[2][3]) * c : -INFINITY);
         }
         dsa__cu_bar(1 + g, 128);
 
@@ -2300,19 +2384,30 @@ static __global__ void __launch_bounds__(256, 1) dsa__cu_attend_portable(const _
 }
 
 /* ---- Hopper path: wgmma, mbarriers, a producer warpgroup (sm_90a) ----------------------------------- */
-/* R = 512, r = 64 or 0, rows on 16 bytes. Warpgroup 2 brings rows, warpgroups 0 and 1 multiply (dsa__cu_attend_pair). A tile is 9 (8 without
-   rope) chunks of 64 columns, each 64 rows of 128 bytes with the 128-byte swizzle: unit u of row s lies at u ^ (s % 8). The rope chunk is read
+/* R = 512, r = 64 or 0, rows on 16 bytes. Warpgroup 2 brings rows, warpgroups 0 and 1 multiply (dsa__cu_attend_pair). A tile is 9 (8
+   without
+   rope) chunks of 64 columns,
+      each 64 rows of 128 bytes with the 128-byte swizzle: unit u of row s lies at u ^ (s % 8). The rope chunk is read
    only by the scores, so weights are handed over in its place. */
 #define DSA__CU_LEAF_HOPPER 128
 #define DSA__CU_CHUNK 8192                               /* bytes of 64 rows x 64 columns */
 
 struct dsa__cu_pair_smem {
-    static constexpr int q = 0, tile = 9 * DSA__CU_CHUNK, kv = tile, swap = 3 * tile, bars = swap + 4 * 128 * 8, valid = bars + 128, bytes = valid + 32;
+    static constexpr int q = 0, tile = 9 * DSA__CU_CHUNK, kv = tile, swap = 3 * tile, bars = swap + 4 * 128 * 8, valid = bars + 128,
+        bytes = valid + 32;
 };
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-static __device__ __forceinline__ void dsa__cu_bar_init(uint32_t bar, int n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(n) : "memory"); }
-static __device__ __forceinline__ void dsa__cu_bar_arrive(uint32_t bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory"); }
+static __device__ __forceinline__ void dsa__cu_bar_init(uint32_t bar, int n)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(n) : "memory");
+}
+
+static __device__ __forceinline__ void dsa__cu_bar_arrive(uint32_t bar)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory");
+}
+
 /* arrives once all copies that this thread has issued are there */
 static __device__ __forceinline__ void dsa__cu_bar_arrive_copies(uint32_t bar)
 {
@@ -2330,7 +2425,10 @@ static __device__ __forceinline__ void dsa__cu_bar_wait(uint32_t bar, int parity
 static __device__ __forceinline__ void dsa__cu_proxy_fence(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 static __device__ __forceinline__ void dsa__cu_wgmma_fence(void) { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 static __device__ __forceinline__ void dsa__cu_wgmma_commit(void) { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> static __device__ __forceinline__ void dsa__cu_wgmma_wait(void) { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory"); }
+template <int N> static __device__ __forceinline__ void dsa__cu_wgmma_wait(void)
+{
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory");
+}
 
 /* Matrix descriptor: 128-byte swizzle, 8-row groups 1024 bytes apart, next 64 columns a chunk away. The upper half is a constant; the lower
    half comes as a warp-uniform number, or else every product pays for moving it to uniform registers. */
@@ -2369,7 +2467,8 @@ static __device__ __forceinline__ uint4 dsa__cu_load16(const void *from, int on)
 {
     uint4 v;
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
-        "@p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4]; }" : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w) : "l"(from), "r"(on));
+        "@p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4]; }" : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+            : "l"(from), "r"(on));
     return v;
 }
 
@@ -2385,7 +2484,10 @@ static __device__ __forceinline__ uint4 dsa__cu_read16(uint32_t from)
     return v;
 }
 
-static __device__ __forceinline__ void dsa__cu_store8(uint32_t to, float x, float y) { asm volatile("st.shared.v2.f32 [%0], {%1,%2};" :: "r"(to), "f"(x), "f"(y) : "memory"); }
+static __device__ __forceinline__ void dsa__cu_store8(uint32_t to, float x, float y)
+{
+    asm volatile("st.shared.v2.f32 [%0], {%1,%2};" :: "r"(to), "f"(x), "f"(y) : "memory");
+}
 
 static __device__ __forceinline__ float2 dsa__cu_read8(uint32_t from)
 {
@@ -2398,12 +2500,15 @@ static __device__ __forceinline__ float2 dsa__cu_read8(uint32_t from)
 static __device__ __forceinline__ void dsa__cu_prefetch_fp8(const unsigned char *row, int u)
 {
     asm volatile("{ .reg .pred p; setp.ne.b64 p, %0, 0; @p prefetch.global.L2 [%0 + 0]; }" :: "l"(row ? row + 128 * u : row));
-    asm volatile("{ .reg .pred p; setp.ne.b64 p, %0, 0; @p prefetch.global.L2 [%0 + 0]; }" :: "l"(row && u < 2 ? row + 512 + 128 * u : NULL));
+    asm volatile("{ .reg .pred p; setp.ne.b64 p, %0, 0; @p prefetch.global.L2 [%0 + 0]; }" :: "l"(row && u < 2 ? row + 512 + 128 * u
+        : NULL));
 }
 
-/* The end of a block that saw the whole list: O / (L + sink) of warpgroup w's half of the columns, lse and max. A thread has 2 columns of each
+/* The end of a block that saw the whole list: O / (L + sink) of warpgroup w's half of the columns, lse and max. A thread has 2 columns of
+   each
    8; four threads swap theirs so that each stores 8 columns at once: shared memory stays with what comes next. */
-static __device__ __forceinline__ void dsa__cu_attend_end(const dsa__cu_attend &A, float (&O)[4][32], float M0, float M1, float L0, float L1, int row, int group, int w)
+static __device__ __forceinline__ void dsa__cu_attend_end(const dsa__cu_attend &A, float (&O)[4][32], float M0, float M1, float L0,
+    float L1, int row, int group, int w)
 {
     const int tid = threadIdx.x, lane = tid & 31, l = lane & 3, head = group * 64 + 16 * ((tid >> 5) & 3) + (lane >> 2);
     const int64_t at = (int64_t)row * A.n_heads + head;
@@ -2418,11 +2523,13 @@ static __device__ __forceinline__ void dsa__cu_attend_end(const dsa__cu_attend &
         float *to = (float *)A.out + at * 512 + w * 256 + 2 * l;
         if (on0) {
 #pragma unroll
-            for (int j = 0; j < 32; j++) *(float2 *)(to + 8 * j) = make_float2(O[j >> 3][4 * (j & 7)] * f0, O[j >> 3][4 * (j & 7) + 1] * f0);
+            for (int j = 0; j < 32; j++) *(float2 *)(to + 8 * j) = make_float2(O[j >> 3][4 * (j & 7)] * f0,
+                O[j >> 3][4 * (j & 7) + 1] * f0);
         }
         if (on1) {
 #pragma unroll
-            for (int j = 0; j < 32; j++) *(float2 *)(to + 4096 + 8 * j) = make_float2(O[j >> 3][4 * (j & 7) + 2] * f1, O[j >> 3][4 * (j & 7) + 3] * f1);
+            for (int j = 0; j < 32; j++) *(float2 *)(to + 4096 + 8 * j) = make_float2(O[j >> 3][4 * (j & 7) + 2] * f1,
+                O[j >> 3][4 * (j & 7) + 3] * f1);
         }
         return;
     }
@@ -2473,7 +2580,8 @@ static __device__ __forceinline__ dsa__cu_unit dsa__cu_unit_of(const dsa__cu_att
     return u;
 }
 
-static __device__ __forceinline__ int dsa__cu_unit_row(const dsa__cu_attend &A, int unit) { return unit / ((A.n_heads + 63) / 64) / A.n_chunks; }
+static __device__ __forceinline__ int dsa__cu_unit_row(const dsa__cu_attend &A,
+    int unit) { return unit / ((A.n_heads + 63) / 64) / A.n_chunks; }
 
 static __device__ __forceinline__ uint32_t dsa__cu_peer(uint32_t at, uint32_t rank)
 {
@@ -2481,12 +2589,14 @@ static __device__ __forceinline__ uint32_t dsa__cu_peer(uint32_t at, uint32_t ra
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(at), "r"(rank));
     return to;
 }
-/* What goes to the other block counts itself off at its barrier. Plain stores and a release over the cluster cost a fence of the whole memory and a
+/* What goes to the other block counts itself off at its barrier. Plain stores and a release over the cluster cost a fence of the whole
+   memory and a
    flush of the L1 per arrival (189 us where this takes 1.4 times less), st.async of 16 bytes a lane is bound by the way between the
    multiprocessors; bulk copies of what a warp has just widened for its own block are neither. */
 static __device__ __forceinline__ void dsa__cu_peer_copy(uint32_t to, uint32_t from, int bytes, uint32_t bar)
 {
-    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" :: "r"(to), "r"(from), "r"(bytes), "r"(bar) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" :: "r"(to), "r"(from),
+        "r"(bytes), "r"(bar) : "memory");
 }
 static __device__ __forceinline__ void dsa__cu_peer_store4(uint32_t to, uint32_t v, uint32_t bar)
 {
@@ -2508,7 +2618,8 @@ static __device__ __forceinline__ void dsa__cu_cluster_sync(void)
 }
 /* q of a unit into its place, by the 128 threads of the producer. It is free once both warpgroups have scored the last leaf before. */
 template <int ROPE>
-static __device__ __forceinline__ void dsa__cu_produce_q(const dsa__cu_attend &A, const dsa__cu_unit &U, uint32_t base, uint32_t q_full, uint32_t q_free, int turn)
+static __device__ __forceinline__ void dsa__cu_produce_q(const dsa__cu_attend &A, const dsa__cu_unit &U, uint32_t base, uint32_t q_full,
+    uint32_t q_free, int turn)
 {
     constexpr int DIM = 512 + ROPE;
     const int u = threadIdx.x & 7;
@@ -2526,7 +2637,8 @@ static __device__ __forceinline__ void dsa__cu_produce_q(const dsa__cu_attend &A
 }
 
 template <int ROPE, bool SPLIT>
-static __device__ __forceinline__ void dsa__cu_produce_pair_bf16(const dsa__cu_attend &A, uint32_t kv, uint32_t full, uint32_t empty, uint32_t *valid)
+static __device__ __forceinline__ void dsa__cu_produce_pair_bf16(const dsa__cu_attend &A, uint32_t kv, uint32_t full, uint32_t empty,
+    uint32_t *valid)
 {
     const int lane = threadIdx.x & 31, p = (threadIdx.x >> 5) & 3, sub = lane >> 3, unit16 = lane & 7;
     const uint32_t to = kv + (16 * p + sub) * 128;
@@ -2561,7 +2673,8 @@ static __device__ __forceinline__ void dsa__cu_produce_pair_bf16(const dsa__cu_a
                     if (it > 0) dsa__cu_bar_wait(empty + 8 * c, (it + 1) & 1);
 #pragma unroll
                     for (int j = 0; j < 8; j++)
-                        dsa__cu_copy16((j & 1 ? odd : even) + (j >> 2) * dsa__cu_pair_smem::tile + c * DSA__CU_CHUNK + (j & 2) * 512, from[j] + c * 128, on >> j & 1);
+                        dsa__cu_copy16((j & 1 ? odd : even) + (j >> 2) * dsa__cu_pair_smem::tile + c * DSA__CU_CHUNK + (j & 2) * 512,
+                            from[j] + c * 128, on >> j & 1);
                 }
                 if (g == 0) {
                     if (!ROPE && it > 0) dsa__cu_bar_wait(empty + 64, (it + 1) & 1);
@@ -2580,12 +2693,14 @@ static __device__ __forceinline__ void dsa__cu_produce_pair_bf16(const dsa__cu_a
 /* FP8: SLOTS rows of a leaf per thread, 4, or 2 in a cluster (tile `rank`, written to both blocks). v: the values of the next 4 / SLOTS
    groups of chunks, on their way while others are widened. */
 template <int ROPE, bool SPLIT, bool TWO>
-static __device__ __forceinline__ void dsa__cu_produce_pair_fp8(const dsa__cu_attend &A, uint32_t kv, uint32_t full, uint32_t empty, uint32_t valid)
+static __device__ __forceinline__ void dsa__cu_produce_pair_fp8(const dsa__cu_attend &A, uint32_t kv, uint32_t full, uint32_t empty,
+    uint32_t valid)
 {
     constexpr int SLOTS = TWO ? 2 : 4, AHEAD = 4 / SLOTS;
     const int lane = threadIdx.x & 31, p = (threadIdx.x >> 5) & 3, sub = lane >> 2, u = lane & 3;
     const uint32_t rank = TWO ? blockIdx.x & 1 : 0;
-    const uint32_t to = kv + rank * dsa__cu_pair_smem::tile + (16 * p + sub) * 128, to0 = to + (((2 * u) ^ sub) << 4), to1 = to + (((2 * u + 1) ^ sub) << 4);
+    const uint32_t to = kv + rank * dsa__cu_pair_smem::tile + (16 * p + sub) * 128, to0 = to + (((2 * u) ^ sub) << 4),
+        to1 = to + (((2 * u + 1) ^ sub) << 4);
     const uint32_t warp16 = kv + rank * dsa__cu_pair_smem::tile + 16 * p * 128;                          /* a warp's 16 rows of chunk 0 */
     const uint32_t far16 = TWO ? dsa__cu_peer(warp16, rank ^ 1) : 0, far_full = TWO ? dsa__cu_peer(full, rank ^ 1) : 0;
     uint32_t it = 0;
@@ -2598,7 +2713,8 @@ static __device__ __forceinline__ void dsa__cu_produce_pair_fp8(const dsa__cu_at
         int32_t next[SLOTS];
 #pragma unroll
         for (int s = 0; s < SLOTS; s++) next[s] = dsa__cu_entry(E, U.first * 128 + (rank + (s >> 1)) * 64 + 16 * p + 8 * (s & 1) + sub);
-        dsa__cu_produce_q<ROPE>(A, U, kv - dsa__cu_pair_smem::kv, empty + 72, empty + 80, turn++);         /* while the list is on its way */
+        /* while the list is on its way */
+        dsa__cu_produce_q<ROPE>(A, U, kv - dsa__cu_pair_smem::kv, empty + 72, empty + 80, turn++);
 #pragma unroll
         for (int s = 0; s < SLOTS; s++) row[s] = dsa__cu_row(A, E, next[s]);
         if (U.n <= 0) continue;
@@ -2674,7 +2790,8 @@ static __device__ __forceinline__ void dsa__cu_produce_pair_fp8(const dsa__cu_at
                     for (int x = 0; x < 2; x++) {
                         const uint4 y = v[g % AHEAD][s][x];
                         const float f = __uint_as_float(x ? g < 2 ? scale[s].z : scale[s].w : g < 2 ? scale[s].x : scale[s].y);
-                        const uint2 a0 = dsa__cu_widen4(y.x, f), a1 = dsa__cu_widen4(y.y, f), a2 = dsa__cu_widen4(y.z, f), a3 = dsa__cu_widen4(y.w, f);
+                        const uint2 a0 = dsa__cu_widen4(y.x, f), a1 = dsa__cu_widen4(y.y, f), a2 = dsa__cu_widen4(y.z, f),
+                            a3 = dsa__cu_widen4(y.w, f);
                         const int at = (s >> 1) * dsa__cu_pair_smem::tile + (g + 4 * x) * DSA__CU_CHUNK + (s & 1) * 1024;
                         v[g % AHEAD][s][x] = dsa__cu_load16(row[s] + 256 * x + (g + AHEAD) % 4 * 64 + 16 * u, row[s] != NULL);
                         dsa__cu_store16(to0 + at, make_uint4(a0.x, a0.y, a1.x, a1.y));
@@ -2694,7 +2811,8 @@ static __device__ __forceinline__ void dsa__cu_produce_pair_fp8(const dsa__cu_at
                     const uint32_t at = (lane == 2 ? 8 : g + 4 * lane) * DSA__CU_CHUNK;
                     dsa__cu_peer_copy(far16 + at, warp16 + at, 2048, far_full + 8 * g);
                 }
-                if (lane == 0) {                         /* a warp of the other block sends 16 rows of two chunks; with the first the rope and the bits */
+                /* a warp of the other block sends 16 rows of two chunks; with the first the rope and the bits */
+                if (lane == 0) {
                     if (TWO) dsa__cu_bar_arrive_expect(full + 8 * g, 4096 + (g ? 0 : 16 * 2 * ROPE + 4));
                     else dsa__cu_bar_arrive(full + 8 * g);
                 }
@@ -2732,7 +2850,8 @@ static __global__ void __launch_bounds__(384, 1) dsa__cu_attend_pair(const __gri
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(FP8 && !TWO ? 200 : 208));
         constexpr int DIM = 512 + ROPE;
-        const bool flip = A.scale < 0.0f;                                   /* the maximum is taken before the scale, so that must be positive */
+        /* the maximum is taken before the scale, so that must be positive */
+        const bool flip = A.scale < 0.0f;
         const float scale = fabsf(A.scale) * DSA__CU_LOG2E;
         const int me = tid & 127;
         const uint32_t qd = dsa__cu_desc(base), kd = dsa__cu_desc(kv + w * S::tile), vd = dsa__cu_desc(kv + w * 4 * DSA__CU_CHUNK);
@@ -2854,7 +2973,8 @@ static __global__ void __launch_bounds__(384, 1) dsa__cu_attend_pair(const __gri
                     float x[32], *o = O[c];
                     dsa__cu_wgmma_fence();
 #pragma unroll
-                    for (int k = 0; k < 8; k++) dsa__cu_wgmma_rs(x, p[k], vd + (((k >> 2) * S::tile + c * DSA__CU_CHUNK + (k & 3) * 2048) >> 4), k > 0);
+                    for (int k = 0; k < 8; k++) dsa__cu_wgmma_rs(x, p[k],
+                        vd + (((k >> 2) * S::tile + c * DSA__CU_CHUNK + (k & 3) * 2048) >> 4), k > 0);
                     dsa__cu_wgmma_commit();
                     dsa__cu_wgmma_wait<0>();
                     __syncwarp();
@@ -2914,13 +3034,16 @@ static int dsa__cu_attend_takes(const dsa__cu *g, const dsa__cu_attend *A)
     const size_t shared = small ? fp8 ? dsa__cu_portable_smem<320>::bytes_fp8 : dsa__cu_portable_smem<320>::bytes_bf16
                                 : fp8 ? dsa__cu_portable_smem<576>::bytes_fp8 : dsa__cu_portable_smem<576>::bytes_bf16;
     if (!dsa__cu_attend_is_hopper(g, A) && shared > (size_t)g->shared) return 0;
-    return g->path != DSA_CUDA_REFERENCE && !A->exact && (A->pool.format == DSA_BF16 || A->pool.format == DSA_FP8) && R % 8 == 0 && r % 8 == 0 &&
-           A->dim_v % 8 == 0 && A->dim_v <= 512 && R + r <= 576 && (!A->q_bf16 || ((uintptr_t)A->q & 15) == 0) && (((uintptr_t)A->pool.data | A->pool.row_stride | A->pool.page_stride) & 3) == 0 &&
+    return g->path != DSA_CUDA_REFERENCE && !A->exact && (A->pool.format == DSA_BF16 || A->pool.format == DSA_FP8) && R % 8 == 0 &&
+       r % 8 == 0 &&
+           A->dim_v % 8 == 0 && A->dim_v <= 512 && R + r <= 576 && (!A->q_bf16 || ((uintptr_t)A->q & 15) == 0) &&
+              (((uintptr_t)A->pool.data | A->pool.row_stride | A->pool.page_stride) & 3) == 0 &&
            A->batch.n_rows * ((A->n_heads + 31) / 32) * (int64_t)(g->n_sm + 1) < INT32_MAX &&
            (!fp8 || R + (R + 127) / 128 * 4 + 2 * r <= (small ? dsa__cu_portable_smem<320>::raw_row : dsa__cu_portable_smem<576>::raw_row));
 }
 
-/* Blocks that share a row's list: fills n_chunks, leaves_per_chunk, n_leaves and returns the bytes of workspace (0: no sharing). Sharing pays
+/* Blocks that share a row's list: fills n_chunks, leaves_per_chunk, n_leaves and returns the bytes of workspace (0: no sharing). Sharing
+   pays
    while a few rows leave multiprocessors idle and the leaves' outputs (dim_v floats per head and leaf) stay in the L2. */
 static size_t dsa__cu_attend_plan(const dsa__cu *g, dsa__cu_attend *A)
 {
@@ -2946,7 +3069,8 @@ static size_t dsa__cu_attend_plan(const dsa__cu *g, dsa__cu_attend *A)
 static cudaError_t dsa__cu_attend_run(const dsa__cu *g, const dsa__cu_attend *call, void *workspace, cudaStream_t stream)
 {
     dsa__cu_attend A = *call;
-    const int hopper = dsa__cu_attend_is_hopper(g, &A), D = A.pool.dim + A.pool.dim_rope, split = A.n_chunks > 1, fp8 = A.pool.format == DSA_FP8;
+    const int hopper = dsa__cu_attend_is_hopper(g, &A), D = A.pool.dim + A.pool.dim_rope, split = A.n_chunks > 1,
+        fp8 = A.pool.format == DSA_FP8;
     const int per = hopper ? 64 : 32;
     const int64_t grid = (int64_t)A.batch.n_rows * A.n_chunks * ((A.n_heads + per - 1) / per);
     void *args[2] = { &A, NULL };
@@ -2963,14 +3087,17 @@ static cudaError_t dsa__cu_attend_run(const dsa__cu *g, const dsa__cu_attend *ca
 #define DSA__CU_GO(ROPE, F, SP) F && two \
         ? dsa__cu_launch(dsa__cu_attend_pair<ROPE, F, SP, F>, dim3((unsigned)all), 384, dsa__cu_pair_smem::bytes, stream, 1, 2, args) \
         : dsa__cu_launch(dsa__cu_attend_pair<ROPE, F, SP, false>, dim3((unsigned)all), 384, dsa__cu_pair_smem::bytes, stream, 1, 1, args)
-        if (A.pool.dim_rope) err = fp8 ? split ? DSA__CU_GO(64, true, true) : DSA__CU_GO(64, true, false) : split ? DSA__CU_GO(64, false, true) : DSA__CU_GO(64, false, false);
-        else            err = fp8 ? split ? DSA__CU_GO(0, true, true) : DSA__CU_GO(0, true, false) : split ? DSA__CU_GO(0, false, true) : DSA__CU_GO(0, false, false);
+        if (A.pool.dim_rope) err = fp8 ? split ? DSA__CU_GO(64, true, true) : DSA__CU_GO(64, true, false) : split ? DSA__CU_GO(64, false,
+            true) : DSA__CU_GO(64, false, false);
+        else            err = fp8 ? split ? DSA__CU_GO(0, true, true) : DSA__CU_GO(0, true, false) : split ? DSA__CU_GO(0, false, true)
+            : DSA__CU_GO(0, false, false);
 #undef DSA__CU_GO
     } else {
 #define DSA__CU_GO(DQ, DV, F, SP, MLA) dsa__cu_launch(dsa__cu_attend_portable<DQ, DV, F, SP, MLA>, dim3((unsigned)grid), 256, \
         (F ? dsa__cu_portable_smem<DQ>::bytes_fp8 : dsa__cu_portable_smem<DQ>::bytes_bf16), stream, g->overlap, 1, args)
         const int small = D <= 320 && A.dim_v <= 256;
-        if (fp8 && A.pool.dim + (A.pool.dim + 127) / 128 * 4 + 2 * A.pool.dim_rope > (small ? dsa__cu_portable_smem<320>::raw_row : dsa__cu_portable_smem<576>::raw_row))
+        if (fp8 && A.pool.dim + (A.pool.dim + 127) / 128 * 4 + 2 * A.pool.dim_rope > (small ? dsa__cu_portable_smem<320>::raw_row
+            : dsa__cu_portable_smem<576>::raw_row))
             return cudaErrorInvalidValue;
 #define DSA__CU_GO4(DQ, DV, MLA) (fp8 ? split ? DSA__CU_GO(DQ, DV, true, true, MLA) : DSA__CU_GO(DQ, DV, true, false, MLA) \
                                       : split ? DSA__CU_GO(DQ, DV, false, true, MLA) : DSA__CU_GO(DQ, DV, false, false, MLA))
@@ -2982,7 +3109,8 @@ static cudaError_t dsa__cu_attend_run(const dsa__cu *g, const dsa__cu_attend *ca
     }
     if (err != cudaSuccess || !split) return err;
     args[1] = &leaf;
-    return dsa__cu_launch(dsa__cu_attend_merge, dim3((unsigned)(A.batch.n_rows * A.n_heads)), (A.dim_v / 4 + 31) / 32 * 32, (size_t)A.n_leaves * 8, stream, g->overlap, 1, args);
+    return dsa__cu_launch(dsa__cu_attend_merge, dim3((unsigned)(A.batch.n_rows * A.n_heads)), (A.dim_v / 4 + 31) / 32 * 32,
+        (size_t)A.n_leaves * 8, stream, g->overlap, 1, args);
 }
 
 /* ============================================================================================
@@ -3039,7 +3167,8 @@ static dsa_status dsa__cu_arena_check(const dsa_ctx *ctx, const dsa__cu_arena *a
     if (a->overflow) return dsa__cu_fail(ctx, DSA_ERR_OVERFLOW, "cuda: the workspace does not fit in size_t");
     if (a->used == 0) return DSA_OK;
     if (!workspace) return dsa__cu_fail(ctx, DSA_ERR_NULL, "cuda: workspace is NULL");
-    return size < dsa__cu_bytes(a) ? dsa__cu_fail(ctx, DSA_ERR_WORKSPACE, "cuda: workspace_size is smaller than the size query says") : DSA_OK;
+    return size < dsa__cu_bytes(a) ? dsa__cu_fail(ctx, DSA_ERR_WORKSPACE, "cuda: workspace_size is smaller than the size query says")
+        : DSA_OK;
 }
 
 static dsa__cu *dsa__cu_of(const dsa_ctx *ctx) { return (dsa__cu *)ctx->config.cuda; }
@@ -3069,7 +3198,8 @@ static dsa__cu_pool dsa__cu_pool_of(const dsa_cache *c, const int32_t *tables, i
 }
 
 /* Any of its parts may be missing: NULL. */
-static void dsa__cu_begin_launch(const dsa__cu_batch *b, const dsa__cu_append *latent, const dsa__cu_append *index, const dsa__cu_queries *queries,
+static void dsa__cu_begin_launch(const dsa__cu_batch *b, const dsa__cu_append *latent, const dsa__cu_append *index,
+    const dsa__cu_queries *queries,
                                  const dsa__cu_convert *convert, cudaStream_t stream)
 {
     dsa__cu_append l, x;
@@ -3087,7 +3217,8 @@ static void dsa__cu_begin_launch(const dsa__cu_batch *b, const dsa__cu_append *l
     if (n > 0) dsa__cu_begin<<<(unsigned)n, 128, 0, stream>>>(*b, l, x, q, c);
 }
 
-static dsa__cu_append dsa__cu_append_of(dsa__cu_pool pool, int32_t index_key, const void *rows, int32_t bf16, const int64_t *slots, int64_t n)
+static dsa__cu_append dsa__cu_append_of(dsa__cu_pool pool, int32_t index_key, const void *rows, int32_t bf16, const int64_t *slots,
+    int64_t n)
 {
     dsa__cu_append a = { pool, rows, slots, index_key, bf16, n };
     return a;
@@ -3166,7 +3297,8 @@ static void dsa__cu_score_plan(const dsa__cu *g, dsa__cu_score_call *c, dsa__cu_
 static int dsa__cu_in_place(const dsa__cu_score_call *c) { return c->q_type == DSA_FP8 && c->fast && ((uintptr_t)c->q & 15) == 0; }
 
 /* Tensor cores' part of a tile: rows [row, row + n) of the call. clear: counters of the selection behind it. */
-static cudaError_t dsa__cu_score_fast(const dsa__cu *g, const dsa__cu_score_call *c, float *I, int64_t row, int64_t n, uint32_t *clear, size_t n_clear,
+static cudaError_t dsa__cu_score_fast(const dsa__cu *g, const dsa__cu_score_call *c, float *I, int64_t row, int64_t n, uint32_t *clear,
+    size_t n_clear,
                                       cudaStream_t stream)
 {
     dsa__cu_index_args a;
@@ -3215,7 +3347,8 @@ static dsa__cu_queries dsa__cu_queries_of(const dsa__cu_score_call *c, int64_t r
     q.v = c->v;
     q.bounds = c->bounds;
     q.bounds.skip = !c->select ? -1 : c->sel.fallback ? c->sel.k : 0;
-    q.bounds.n_cols = c->fast ? dsa__cu_min(c->n_cols, c->pool.n_blocks * c->pool.page_size) : c->n_cols;   /* behind its table a row has no keys */
+    /* behind its table a row has no keys */
+    q.bounds.n_cols = c->fast ? dsa__cu_min(c->n_cols, c->pool.n_blocks * c->pool.page_size) : c->n_cols;
     q.ranges = c->ranges;
     q.row0 = row;
     q.n = n * c->n_heads;
@@ -3240,7 +3373,8 @@ static dsa_status dsa__cu_score_launch(const dsa__cu *g, const dsa__cu_score_cal
         }
         if (c->fast_select) plan = dsa__cu_topk_prepare(g, (int32_t)n, (int32_t)c->n_cols, (int32_t)c->sel.k);
         if (c->fast && c->n_cols > 0) {
-            if (!c->select) dsa__cu_fill<<<dim3((unsigned)((c->n_cols + 255) / 256), (unsigned)n), 256, 0, stream>>>(I, c->stride, c->n_cols);
+            if (!c->select) dsa__cu_fill<<<dim3((unsigned)((c->n_cols + 255) / 256), (unsigned)n), 256, 0, stream>>>(I, c->stride,
+                c->n_cols);
             err = dsa__cu_score_fast(g, c, I, row, n, (uint32_t *)c->topk, plan.count_bytes / 4, stream);
         } else if (c->n_cols > 0) {
 #define DSA__CU_GO(FORMAT) dsa__cu_score_reference<FORMAT><<<grid, 256, 0, stream>>>(c->pool, c->ranges, c->n_heads, c->x, c->v, I, \
@@ -3252,8 +3386,10 @@ static dsa_status dsa__cu_score_launch(const dsa__cu *g, const dsa__cu_score_cal
 #undef DSA__CU_GO
         }
         if (c->fast_select && err == cudaSuccess)
-            err = dsa__cu_topk_launch(stream, g, plan, I, c->stride, c->bounds.lo, c->bounds.hi, (int32_t)n, (int32_t)c->n_cols, (int32_t)c->sel.k, c->sel.rank != 0,
-                                      c->fast && c->n_cols > 0, c->sel.fallback, c->sel.indices + row * c->sel.k, c->sel.scores ? c->sel.scores + row * c->sel.k : NULL,
+            err = dsa__cu_topk_launch(stream, g, plan, I, c->stride, c->bounds.lo, c->bounds.hi, (int32_t)n, (int32_t)c->n_cols,
+                (int32_t)c->sel.k, c->sel.rank != 0,
+                                      c->fast && c->n_cols > 0, c->sel.fallback, c->sel.indices + row * c->sel.k, c->sel.scores
+                                          ? c->sel.scores + row * c->sel.k : NULL,
                                       c->sel.counts ? c->sel.counts + row : NULL, c->topk);
         else if (c->select) dsa__cu_select_reference<<<(unsigned)n, 1024, 0, stream>>>(c->ranges, I, c->stride, row, c->sel);
         if (err != cudaSuccess || dsa__cu_launched() != DSA_OK) return DSA_ERR_DEVICE;
@@ -3343,7 +3479,8 @@ static dsa_status dsa__cu_check(const dsa_ctx *ctx, const dsa_cuda_batch *b, con
     if (st != DSA_OK) return st;
     if (kind == DSA_LATENT ? c.dim != ctx->config.dim_latent || c.dim_rope != ctx->config.dim_rope : c.dim != ctx->config.dim_index)
         return dsa__cu_fail(ctx, DSA_ERR_FORMAT, "cuda: a cache's dims differ from the config's");
-    if (kind == DSA_INDEX_KEY && ctx->config.hadamard != DSA_HADAMARD_AUTO && (c.hadamard != 0) != (ctx->config.hadamard == DSA_HADAMARD_ON))
+    if (kind == DSA_INDEX_KEY && ctx->config.hadamard != DSA_HADAMARD_AUTO &&
+        (c.hadamard != 0) != (ctx->config.hadamard == DSA_HADAMARD_ON))
         return dsa__cu_fail(ctx, DSA_ERR_FORMAT, "cuda: a cache's Hadamard flag differs from the config's");
     return DSA_OK;
 }
@@ -3368,10 +3505,12 @@ static void dsa__cu_appends(const dsa_cuda_append_args *a, dsa__cu_append *laten
     memset(latent, 0, sizeof *latent);
     memset(index, 0, sizeof *index);
     if (a->latent)
-        *latent = dsa__cu_append_of(dsa__cu_pool_of(a->latent, a->latent->block_table, a->latent->n_blocks), 0, a->latent_rows, a->type == DSA_BF16,
+        *latent = dsa__cu_append_of(dsa__cu_pool_of(a->latent, a->latent->block_table, a->latent->n_blocks), 0, a->latent_rows,
+            a->type == DSA_BF16,
                                     a->slots, a->batch.n_rows);
     if (a->index)
-        *index = dsa__cu_append_of(dsa__cu_pool_of(a->index, a->index->block_table, a->index->n_blocks), 1, a->index_rows, a->type == DSA_BF16,
+        *index = dsa__cu_append_of(dsa__cu_pool_of(a->index, a->index->block_table, a->index->n_blocks), 1, a->index_rows,
+            a->type == DSA_BF16,
                                    a->slots, a->batch.n_rows);
 }
 
@@ -3388,7 +3527,8 @@ extern "C" dsa_status dsa_cuda_append(const dsa_ctx *ctx, const dsa_cuda_append_
     if (st != DSA_OK) return st;
     if (!dsa__cu_is_operand(a->type)) return dsa__cu_fail(ctx, DSA_ERR_FORMAT, "dsa_cuda_append: type is F32 or BF16");
     if (a->batch.n_rows == 0) return DSA_OK;
-    if ((a->latent && !a->latent_rows) || (a->index && !a->index_rows)) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_append: rows are NULL");
+    if ((a->latent && !a->latent_rows) || (a->index && !a->index_rows)) return dsa__cu_fail(ctx, DSA_ERR_NULL,
+        "dsa_cuda_append: rows are NULL");
     dsa__cu_appends(a, &latent, &index);
     batch = dsa__cu_batch_of(&a->batch);
     dsa__cu_begin_launch(&batch, &latent, &index, NULL, NULL, (cudaStream_t)stream);
@@ -3463,13 +3603,15 @@ extern "C" dsa_status dsa_cuda_score_workspace(const dsa_ctx *ctx, const dsa_cud
     return dsa__cu_score_bytes(ctx, a, NULL, bytes);
 }
 
-extern "C" dsa_status dsa_cuda_score_select_workspace(const dsa_ctx *ctx, const dsa_cuda_score_args *a, const dsa_selection *out, size_t *bytes)
+extern "C" dsa_status dsa_cuda_score_select_workspace(const dsa_ctx *ctx, const dsa_cuda_score_args *a, const dsa_selection *out,
+    size_t *bytes)
 {
     if (!out) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_score_select: out is NULL");
     return dsa__cu_score_bytes(ctx, a, out, bytes);
 }
 
-extern "C" dsa_status dsa_cuda_score(const dsa_ctx *ctx, const dsa_cuda_score_args *a, float *scores, int64_t n_cols, int64_t stride, void *stream)
+extern "C" dsa_status dsa_cuda_score(const dsa_ctx *ctx, const dsa_cuda_score_args *a, float *scores, int64_t n_cols, int64_t stride,
+    void *stream)
 {
     dsa__cu_score_call c;
     dsa_status st = dsa__cu_score_start(ctx, a, NULL, &c);
@@ -3506,7 +3648,8 @@ static dsa_status dsa__cu_select_args(const dsa_ctx *ctx, const dsa_cuda_select_
     s = *out;
     if (s.top_k == 0) s.top_k = ctx->config.top_k;
     if (s.top_k < 1) return dsa__cu_fail(ctx, DSA_ERR_SHAPE, "dsa_cuda_select: top_k is negative");
-    if (s.order != DSA_ORDER_INDEX && s.order != DSA_ORDER_RANK) return dsa__cu_fail(ctx, DSA_ERR_ARGUMENT, "dsa_cuda_select: unknown order");
+    if (s.order != DSA_ORDER_INDEX && s.order != DSA_ORDER_RANK) return dsa__cu_fail(ctx, DSA_ERR_ARGUMENT,
+        "dsa_cuda_select: unknown order");
     *sel = dsa__cu_selection_of(&s);
     sel->fallback = 0;                                   /* stored scores are seen: NaN and -inf are left out of short rows, too */
     memset(bounds, 0, sizeof *bounds);
@@ -3545,7 +3688,8 @@ extern "C" dsa_status dsa_cuda_select(const dsa_ctx *ctx, const dsa_cuda_select_
     dsa_status st = dsa__cu_select_args(ctx, a, out, &arena, &sel, &bounds, &topk);
     if (st == DSA_OK) st = dsa__cu_arena_check(ctx, &arena, a->workspace, a->workspace_size);
     if (st != DSA_OK || a->n_rows == 0) return st;
-    if (!out->indices || (a->n_cols > 0 && !a->scores)) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_select: scores or indices is NULL");
+    if (!out->indices || (a->n_cols > 0 && !a->scores)) return dsa__cu_fail(ctx, DSA_ERR_NULL,
+        "dsa_cuda_select: scores or indices is NULL");
     arena = dsa__cu_over(a->workspace);
     st = dsa__cu_select_args(ctx, a, out, &arena, &sel, &bounds, &topk);
     if (st != DSA_OK) return st;
@@ -3556,15 +3700,19 @@ extern "C" dsa_status dsa_cuda_select(const dsa_ctx *ctx, const dsa_cuda_select_
     if (topk) {
         const dsa__cu *g = dsa__cu_of(ctx);
         dsa__cu_topk_plan plan = dsa__cu_topk_prepare(g, (int32_t)a->n_rows, (int32_t)a->n_cols, (int32_t)sel.k);
-        dsa__cu_select_begin<<<(unsigned)((a->n_rows + 255) / 256), 256, 0, (cudaStream_t)stream>>>(ranges, bounds, a->n_rows, (uint32_t *)topk, plan.count_bytes / 4);
-        return dsa__cu_refused(ctx, dsa__cu_topk_launch((cudaStream_t)stream, g, plan, a->scores, a->stride, bounds.lo, bounds.hi, (int32_t)a->n_rows,
-            (int32_t)a->n_cols, (int32_t)sel.k, sel.rank != 0, 0, 0, sel.indices, sel.scores, sel.counts, topk) == cudaSuccess ? DSA_OK : DSA_ERR_DEVICE);
+        dsa__cu_select_begin<<<(unsigned)((a->n_rows + 255) / 256), 256, 0, (cudaStream_t)stream>>>(ranges, bounds, a->n_rows,
+            (uint32_t *)topk, plan.count_bytes / 4);
+        return dsa__cu_refused(ctx, dsa__cu_topk_launch((cudaStream_t)stream, g, plan, a->scores, a->stride, bounds.lo, bounds.hi,
+            (int32_t)a->n_rows,
+            (int32_t)a->n_cols, (int32_t)sel.k, sel.rank != 0, 0, 0, sel.indices, sel.scores, sel.counts, topk) == cudaSuccess ? DSA_OK
+                : DSA_ERR_DEVICE);
     }
     dsa__cu_select_reference<<<(unsigned)a->n_rows, 1024, 0, (cudaStream_t)stream>>>(ranges, a->scores, a->stride, 0, sel);
     return dsa__cu_refused(ctx, dsa__cu_launched());
 }
 
-static dsa_status dsa__cu_attend_args(const dsa_ctx *ctx, const dsa_cuda_attend_args *a, dsa__cu_arena *arena, dsa__cu_attend *c, float **parts)
+static dsa_status dsa__cu_attend_args(const dsa_ctx *ctx, const dsa_cuda_attend_args *a, dsa__cu_arena *arena, dsa__cu_attend *c,
+    float **parts)
 {
     int64_t n_indices;
     dsa_status st;
@@ -3644,7 +3792,8 @@ extern "C" dsa_status dsa_cuda_attend(const dsa_ctx *ctx, const dsa_cuda_attend_
     return dsa__cu_refused(ctx, dsa__cu_attend_launch(dsa__cu_of(ctx), &c, parts, (cudaStream_t)stream));
 }
 
-extern "C" dsa_status dsa_cuda_merge(const dsa_ctx *ctx, int32_t n_parts, const float *outs, const float *lses, int64_t n_rows, int32_t n_heads,
+extern "C" dsa_status dsa_cuda_merge(const dsa_ctx *ctx, int32_t n_parts, const float *outs, const float *lses, int64_t n_rows,
+    int32_t n_heads,
                                      int32_t dim_v, const float *sinks, void *out, dsa_type out_type, float *lse, void *stream)
 {
     if (!ctx) return DSA_ERR_NULL;
@@ -3654,12 +3803,14 @@ extern "C" dsa_status dsa_cuda_merge(const dsa_ctx *ctx, int32_t n_parts, const 
     if (!dsa__cu_is_operand(out_type)) return dsa__cu_fail(ctx, DSA_ERR_FORMAT, "dsa_cuda_merge: out_type is F32 or BF16");
     if (n_rows == 0) return DSA_OK;
     if (!out || (n_parts > 0 && (!outs || !lses))) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_merge: outs, lses or out is NULL");
-    dsa__cu_merge<<<(unsigned)(n_rows * n_heads), 128, 0, (cudaStream_t)stream>>>(n_parts, outs, lses, n_rows * n_heads, n_heads, dim_v, sinks, out,
+    dsa__cu_merge<<<(unsigned)(n_rows * n_heads), 128, 0, (cudaStream_t)stream>>>(n_parts, outs, lses, n_rows * n_heads, n_heads, dim_v,
+        sinks, out,
                                                                                   out_type == DSA_BF16, lse);
     return dsa__cu_refused(ctx, dsa__cu_launched());
 }
 
-typedef struct dsa__cu_step { dsa_cuda_append_args append; dsa_cuda_score_args score; dsa_selection sel; dsa_cuda_attend_args attend; __nv_bfloat16 *q16; } dsa__cu_step;
+typedef struct dsa__cu_step { dsa_cuda_append_args append; dsa_cuda_score_args score; dsa_selection sel; dsa_cuda_attend_args attend;
+    __nv_bfloat16 *q16; } dsa__cu_step;
 
 /* The calls that a step is. Scoring and attention share their scratch: they follow each other. */
 static dsa_status dsa__cu_step_args(const dsa_ctx *ctx, const dsa_cuda_step_args *a, dsa__cu_arena *arena, dsa__cu_step *c)
@@ -3726,7 +3877,8 @@ extern "C" dsa_status dsa_cuda_step(const dsa_ctx *ctx, const dsa_cuda_step_args
     float *parts;
     dsa_status st = dsa__cu_step_args(ctx, a, &arena, &c);
     if (st != DSA_OK || a->batch.n_rows == 0) return st;
-    if (!a->q || !a->index_q || !a->index_w || !a->out) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_step: q, index_q, index_w or out is NULL");
+    if (!a->q || !a->index_q || !a->index_w ||
+        !a->out) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_step: q, index_q, index_w or out is NULL");
     st = dsa__cu_arena_check(ctx, &arena, a->workspace, a->workspace_size);
     if (st != DSA_OK) return st;
     arena = dsa__cu_over(a->workspace);
@@ -3856,7 +4008,8 @@ static dsa_status dsa__cu_host_read(const dsa_ctx *ctx, const dsa_cache *c, int6
     dsa__cu_up(g, &t, table, c->block_table, (size_t)blocks * 4);
     for (; begin < end && t.err == cudaSuccess; begin += n, out += n * width) {
         n = dsa__cu_min(m, end - begin);
-        dsa__cu_read_row<<<(unsigned)n, 128, 0, g->stream>>>(dsa__cu_pool_of(c, blocks ? table : NULL, blocks), c->kind == DSA_INDEX_KEY, begin, rows);
+        dsa__cu_read_row<<<(unsigned)n, 128, 0, g->stream>>>(dsa__cu_pool_of(c, blocks ? table : NULL, blocks), c->kind == DSA_INDEX_KEY,
+            begin, rows);
         t.err = cudaGetLastError();
         dsa__cu_down(g, &t, out, rows, (size_t)(n * width) * 4);
     }
@@ -3864,9 +4017,11 @@ static dsa_status dsa__cu_host_read(const dsa_ctx *ctx, const dsa_cache *c, int6
 }
 
 /* Device arrays of a tile of m rows of one sequence. */
-typedef struct dsa__cu_score_host { int32_t *table, *lens, *ks; float *q, *w; dsa_selection out; float *scores; dsa__cu_score_call call; } dsa__cu_score_host;
+typedef struct dsa__cu_score_host { int32_t *table, *lens, *ks; float *q, *w; dsa_selection out; float *scores; dsa__cu_score_call call;
+    } dsa__cu_score_host;
 
-static dsa__cu_arena dsa__cu_score_lay(const dsa__cu *g, const dsa_ctx *ctx, const dsa_score_args *a, const dsa_selection *out, const dsa_cache *c, int64_t len,
+static dsa__cu_arena dsa__cu_score_lay(const dsa__cu *g, const dsa_ctx *ctx, const dsa_score_args *a, const dsa_selection *out,
+    const dsa_cache *c, int64_t len,
                                        int64_t longest, int64_t m, int64_t n_cols, dsa__cu_score_host *t)
 {
     dsa__cu_arena arena = dsa__cu_over(g->scratch);
@@ -3903,7 +4058,8 @@ static dsa__cu_arena dsa__cu_score_lay(const dsa__cu *g, const dsa_ctx *ctx, con
     return arena;
 }
 
-static dsa_status dsa__cu_host_score(const dsa_ctx *ctx, const dsa_score_args *a, const dsa_selection *out, int64_t n_rows, float *scores, int64_t n_cols,
+static dsa_status dsa__cu_host_score(const dsa_ctx *ctx, const dsa_score_args *a, const dsa_selection *out, int64_t n_rows, float *scores,
+    int64_t n_cols,
                                      int64_t stride, int run)
 {
     dsa__cu *g = dsa__cu_of(ctx);
@@ -3949,7 +4105,8 @@ static dsa_status dsa__cu_host_score(const dsa_ctx *ctx, const dsa_score_args *a
                 if (out->scores) dsa__cu_down(g, &t, out->scores + row * out->top_k, tile.out.scores, (size_t)(m * out->top_k) * 4);
                 if (out->counts) dsa__cu_down(g, &t, out->counts + row, tile.out.counts, (size_t)m * 4);
             } else if (n_cols > 0) {
-                t.err = cudaMemcpy2DAsync(scores + row * stride, (size_t)stride * 4, tile.scores, (size_t)n_cols * 4, (size_t)n_cols * 4, (size_t)m,
+                t.err = cudaMemcpy2DAsync(scores + row * stride, (size_t)stride * 4, tile.scores, (size_t)n_cols * 4, (size_t)n_cols * 4,
+                    (size_t)m,
                                           cudaMemcpyDeviceToHost, g->stream);
             }
         }
@@ -3963,7 +4120,8 @@ typedef struct dsa__cu_attend_host {
     dsa__cu_attend call;
 } dsa__cu_attend_host;
 
-static dsa__cu_arena dsa__cu_attend_lay(const dsa__cu *g, const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state, int exact, int fused, const dsa_cache *c,
+static dsa__cu_arena dsa__cu_attend_lay(const dsa__cu *g, const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state,
+    int exact, int fused, const dsa_cache *c,
                                         int64_t len, int64_t blocks, int64_t m, const float *sinks, dsa__cu_attend_host *t)
 {
     dsa__cu_arena arena = dsa__cu_over(g->scratch);
@@ -4007,7 +4165,8 @@ static dsa__cu_arena dsa__cu_attend_lay(const dsa__cu *g, const dsa_ctx *ctx, co
     return arena;
 }
 
-static dsa_status dsa__cu_host_attend(const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state, int exact, int fused, int causal,
+static dsa_status dsa__cu_host_attend(const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state, int exact, int fused,
+    int causal,
                                       const float *sinks, float *lse, float *max_logit, int run)
 {
     dsa__cu *g = dsa__cu_of(ctx);
@@ -4050,7 +4209,8 @@ static dsa_status dsa__cu_host_attend(const dsa_ctx *ctx, const dsa_attend_args 
             if (sinks) dsa__cu_up(g, &t, tile.sinks, sinks, (size_t)H * 4);
             if (tile.call.counts) dsa__cu_up(g, &t, tile.counts, a->counts + row, (size_t)m * 4);
             if (a->what == DSA_ATTEND_LIST && a->n_indices > 0 && t.err == cudaSuccess)
-                t.err = cudaMemcpy2DAsync(tile.indices, (size_t)a->n_indices * 4, a->indices + row * a->index_stride, (size_t)a->index_stride * 4,
+                t.err = cudaMemcpy2DAsync(tile.indices, (size_t)a->n_indices * 4, a->indices + row * a->index_stride,
+                    (size_t)a->index_stride * 4,
                                           (size_t)a->n_indices * 4, (size_t)m, cudaMemcpyHostToDevice, g->stream);
             if (!fused) {
                 dsa__cu_up(g, &t, tile.call.max, state->max + row * H, (size_t)(m * H) * 4);

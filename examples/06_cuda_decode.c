@@ -3,7 +3,8 @@
        make cuda && cc -O2 -DDSA_CUDA examples/06_cuda_decode.c build/dsa_cuda.o -L/usr/local/cuda/lib64 -lcudart_static \
            -lstdc++ -ldl -lrt -lm -pthread && ./a.out
 
-   Three lines differ from the CPU: dsa_cuda_create, config.cuda and the device in the caches' descriptions. The step below runs on both, over
+   Three lines differ from the CPU: dsa_cuda_create, config.cuda and the device in the caches' descriptions. The step below runs on both,
+      over
    equal caches. The lists may differ in entries at the very cut (the GPU sums in another order), the outputs in bf16 rounding. An engine
    that lives on the GPU takes the calls on device pointers instead: dsa_cuda_step and its kin at the end of dsa.h's declarations. */
 #define DSA_IMPLEMENTATION
@@ -12,7 +13,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { ROWS = 20000, STEPS = 20, HEADS = 128, LATENT = 512, ROPE = 64, WIDTH = LATENT + ROPE, INDEX_HEADS = 64, INDEX_DIM = 128, TOP_K = 2048 };
+enum { ROWS = 20000, STEPS = 20, HEADS = 128, LATENT = 512, ROPE = 64, WIDTH = LATENT + ROPE, INDEX_HEADS = 64, INDEX_DIM = 128,
+    TOP_K = 2048 };
 
 static float latent[(ROWS + STEPS) * WIDTH], index_key[(ROWS + STEPS) * INDEX_DIM];
 static float q[HEADS * WIDTH], index_q[INDEX_HEADS * INDEX_DIM], index_w[INDEX_HEADS], out[2][STEPS][HEADS * LATENT];
@@ -62,7 +64,8 @@ static void decode(dsa_cuda *gpu, float (*result)[HEADS * LATENT], int32_t (*lis
         step.indices = lists[i];
         check(dsa_step(&ctx, &step));
     }
-    printf("%s: %d steps over %ld rows, workspace %zu bytes\n", latents.device == DSA_DEVICE_CUDA ? "GPU" : "CPU", STEPS, (long)latents.len, bytes);
+    printf("%s: %d steps over %ld rows, workspace %zu bytes\n", latents.device == DSA_DEVICE_CUDA ? "GPU" : "CPU", STEPS,
+        (long)latents.len, bytes);
     free(step.workspace);
     dsa_cache_destroy(&latents);
     dsa_cache_destroy(&keys);

@@ -338,7 +338,8 @@ TEST scores(const shape *s)
     DONE(b);
 }
 
-/* Lists of the faster paths: as many entries as the CPU's, each once, in order, and none that the CPU's own scores put clearly below its cut. */
+/* Lists of the faster paths: as many entries as the CPU's, each once, in order, and none that the CPU's own scores put clearly below its
+   cut. */
 static enum greatest_test_res lists_hold(bag *b, const twin *t, dsa_score_args a, const dsa_selection *want, const int32_t *got)
 {
     int64_t n_cols = 0, k = want->top_k;
@@ -741,7 +742,8 @@ TEST device_merges(const shape *s)
     const int32_t n = 60;
     int64_t n_q = t.rows * s->H * (s->R + s->r), n_out = t.rows * s->H * s->R, m = t.rows * s->H;
     dsa_cache latent = pool_of(&t, DSA_LATENT);
-    float *outs = device((size_t)n_out * 8), *lses = device((size_t)m * 8), *gout = device((size_t)n_out * 4), *glse = device((size_t)m * 4);
+    float *outs = device((size_t)n_out * 8), *lses = device((size_t)m * 8), *gout = device((size_t)n_out * 4),
+        *glse = device((size_t)m * 4);
     float *co[2], *cl[2], *out = floats(&b, n_out), *lse = floats(&b, m);
     for (int p = 0; p < 2; p++) {
         int32_t *list = lists(&b, t.rows, n, s->len[0], 31 + (uint64_t)p);
@@ -872,7 +874,8 @@ TEST device_rows_alone(const shape *s)
     float *all = NULL;
     int32_t *all_list = NULL;
     dsa_cache latent = pool_of(&t, DSA_LATENT), index = pool_of(&t, DSA_INDEX_KEY);
-    float *q = up(t.q, (size_t)(t.rows * n_q) * 4), *iq = up(t.index_q, (size_t)(t.rows * n_i) * 4), *w = up(t.index_w, (size_t)(t.rows * s->HI) * 4);
+    float *q = up(t.q, (size_t)(t.rows * n_q) * 4), *iq = up(t.index_q, (size_t)(t.rows * n_i) * 4), *w = up(t.index_w,
+        (size_t)(t.rows * s->HI) * 4);
     for (int i = -1; i < SEQS; i++) {
         dsa_cuda_step_args a;
         size_t bytes = 0;

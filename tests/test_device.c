@@ -1,5 +1,7 @@
-/* Calls on caches that live on a device, without one: a device made of host memory stands in. What it is asked to do it gives back to the CPU
-   on caches that say so, so every result must have the CPU's bits; what it refuses must come out of the call. tests/test_cuda.c has the real one. */
+/* Calls on caches that live on a device, without one: a device made of host memory stands in. What it is asked to do it gives back to the
+   CPU
+   on caches that say so, so every result must have the CPU's bits; what it refuses must come out of the call. tests/test_cuda.c has the
+      real one. */
 #include "fixture.h"
 
 typedef struct fake {
@@ -62,7 +64,8 @@ static dsa_status fake_read(const dsa_ctx *ctx, const dsa_cache *cache, int64_t 
     return dsa_cache_read(&host, &c, begin, end, out);
 }
 
-static dsa_status fake_score(const dsa_ctx *ctx, const dsa_score_args *args, const dsa_selection *out, int64_t n_rows, float *scores, int64_t n_cols,
+static dsa_status fake_score(const dsa_ctx *ctx, const dsa_score_args *args, const dsa_selection *out, int64_t n_rows, float *scores,
+    int64_t n_cols,
                              int64_t stride, int run)
 {
     fake *f = (fake *)(void *)ctx->config.cuda;
@@ -86,7 +89,8 @@ static dsa_status fake_score(const dsa_ctx *ctx, const dsa_score_args *args, con
 }
 
 /* A causal list ends where its query sits: entries behind it become invalid. */
-static dsa_status fake_attend(const dsa_ctx *ctx, const dsa_attend_args *args, const dsa_attend_state *state, int exact, int fused, int causal,
+static dsa_status fake_attend(const dsa_ctx *ctx, const dsa_attend_args *args, const dsa_attend_state *state, int exact, int fused,
+    int causal,
                               const float *sinks, float *lse, float *max_logit, int run)
 {
     fake *f = (fake *)(void *)ctx->config.cuda;
@@ -106,7 +110,8 @@ static dsa_status fake_attend(const dsa_ctx *ctx, const dsa_attend_args *args, c
         list = (int32_t *)malloc((size_t)(state->n_rows * a.index_stride) * sizeof *list);
         memcpy(list, a.indices, (size_t)(state->n_rows * a.index_stride) * sizeof *list);
         for (int32_t s = 0; s < a.n_seqs; s++) {
-            int64_t n = a.seqs[s].n_q == 0 ? 1 : a.seqs[s].n_q == DSA_NONE ? 0 : a.seqs[s].n_q, len = a.seqs[s].len ? a.seqs[s].len : a.seqs[s].latent->len;
+            int64_t n = a.seqs[s].n_q == 0 ? 1 : a.seqs[s].n_q == DSA_NONE ? 0 : a.seqs[s].n_q, len = a.seqs[s].len ? a.seqs[s].len
+                : a.seqs[s].latent->len;
             for (int64_t i = 0; i < n; i++, row++)
                 for (int64_t j = 0; j < a.n_indices; j++)
                     if (list[row * a.index_stride + j] > len - n + i) list[row * a.index_stride + j] = -1;
@@ -179,7 +184,8 @@ static enum greatest_test_res everything(bag *b, const dsa_ctx *ctx, float *resu
     dsa_cache latent[2], index[2];
     dsa_seq seqs[2];
     float *rows = random_floats(b, (int64_t)2 * ROWS * WIDTH, 1, 1.0f), *keys = random_floats(b, (int64_t)2 * ROWS * DIM, 2, 1.0f);
-    float *q = random_floats(b, 8 * HEADS * WIDTH, 3, 1.0f), *iq = random_floats(b, 8 * HI * DIM, 4, 1.0f), *w = random_floats(b, 8 * HI, 5, 1.0f);
+    float *q = random_floats(b, 8 * HEADS * WIDTH, 3, 1.0f), *iq = random_floats(b, 8 * HI * DIM, 4, 1.0f), *w = random_floats(b, 8 * HI,
+        5, 1.0f);
     float *sinks = random_floats(b, HEADS, 6, 1.0f), *at = results;
     for (int i = 0; i < 2; i++) {
         CHECK_CALL(caches(ctx, &latent[i], &index[i], i ? PAGE : 0));

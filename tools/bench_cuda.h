@@ -62,7 +62,8 @@ static float *cuda_normals(int64_t n, float size, uint64_t seed)
     if (x == NULL) exit(1);
     for (int64_t i = 0; i < n; i++) {                        /* a sum of four uniform numbers is near enough */
         double s = -2.0;
-        for (int j = 0; j < 4; j++) { seed = seed * UINT64_C(6364136223846793005) + 1442695040888963407u; s += (double)(seed >> 11) / 9007199254740992.0; }
+        for (int j = 0; j < 4; j++) { seed = seed * UINT64_C(6364136223846793005) + 1442695040888963407u;
+            s += (double)(seed >> 11) / 9007199254740992.0; }
         x[i] = size * (float)(s * 1.7320508);
     }
     return x;
@@ -101,7 +102,8 @@ static void cuda_must(cuda_bench *b, dsa_status st, const char *what)
     exit(1);
 }
 
-/* A pool of n_pages shuffled pages with n_seqs tables of `blocks` entries over it, filled by dsa_cuda_append of random rows, then by copies of those. */
+/* A pool of n_pages shuffled pages with n_seqs tables of `blocks` entries over it, filled by dsa_cuda_append of random rows, then by
+   copies of those. */
 static dsa_cache cuda_pool(cuda_bench *b, dsa_kind kind, dsa_type format, int32_t n_seqs, int64_t len)
 {
     dsa_cache_desc d;
@@ -189,12 +191,14 @@ static void cuda_workspace(cuda_bench *b, size_t bytes, size_t ref)
 }
 
 /* work: floating-point operations or bytes, whichever the unit says. must, goal in us, 0: none. */
-static void cuda_line(cuda_bench *b, const char *name, double us, double must, double goal, double work, const char *unit, const char *check, int bad)
+static void cuda_line(cuda_bench *b, const char *name, double us, double must, double goal, double work, const char *unit,
+    const char *check, int bad)
 {
     const char *verdict = bad ? "WRONG" : must == 0 ? "" : us <= goal ? "goal" : us <= must ? "must" : "MISSED";
     printf("%-34s %10.1f us %9.1f %-8s %s  %s\n", name, us, work / us * 1e-6, unit, check, verdict);
     fflush(stdout);
-    if (b->csv) fprintf(b->csv, "%s,%s,%s,%s,%.2f,%.0f,%.0f,%.1f,%s,%s\n", b->date, b->device, b->path, name, us, must, goal, work / us * 1e-6, unit, verdict);
+    if (b->csv) fprintf(b->csv, "%s,%s,%s,%s,%.2f,%.0f,%.0f,%.1f,%s,%s\n", b->date, b->device, b->path, name, us, must, goal,
+        work / us * 1e-6, unit, verdict);
     b->failed |= bad;
 }
 
@@ -260,7 +264,8 @@ static int32_t *cuda_lists(cuda_bench *b, int64_t rows, int64_t k, int64_t len, 
     return p;
 }
 
-static void cuda_attention(cuda_bench *b, const char *name, dsa_type format, int32_t n_seqs, int64_t n_rows, int64_t len, double must, double goal)
+static void cuda_attention(cuda_bench *b, const char *name, dsa_type format, int32_t n_seqs, int64_t n_rows, int64_t len, double must,
+    double goal)
 {
     static cuda_attend_case c;
     const int64_t k = 2048, W = 576, H = 128;
@@ -287,7 +292,8 @@ static void cuda_attention(cuda_bench *b, const char *name, dsa_type format, int
         a->lse = (float *)cuda_alloc(b, (size_t)(n_rows * H) * 4);
     }
     dsa_cuda_attend_args few = c.a[0];
-    few.batch.n_rows = n_seqs == 1 ? (n_rows < CUDA_ROWS_CHECKED ? n_rows : CUDA_ROWS_CHECKED) : (n_seqs < CUDA_ROWS_CHECKED ? n_seqs : CUDA_ROWS_CHECKED);
+    few.batch.n_rows = n_seqs == 1 ? (n_rows < CUDA_ROWS_CHECKED ? n_rows : CUDA_ROWS_CHECKED) : (n_seqs < CUDA_ROWS_CHECKED ? n_seqs
+        : CUDA_ROWS_CHECKED);
     few.batch.n_seqs = n_seqs == 1 ? 1 : (int32_t)few.batch.n_rows;
     few.out = cuda_alloc(b, (size_t)(few.batch.n_rows * H * 512) * 2);
     few.lse = NULL;

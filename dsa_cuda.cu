@@ -1611,6 +1611,7 @@ static inline dsa__cu_topk_plan dsa__cu_topk_prepare(const dsa__cu *g, int32_t r
 {
     const int32_t n_sm = g->n_sm, most = g->shared < DSA__CU_TOPK_SHARED ? DSA__CU_TOPK_CAP / 2 : DSA__CU_TOPK_CAP;
     const int32_t window = g->shared < DSA__CU_TOPK_SHARED ? DSA__CU_TOPK_WINDOW / 2 : DSA__CU_TOPK_WINDOW;
+    if (n < 1) n = 1;
     dsa__cu_topk_plan p;
     p.sample = n > 256 * 1024 ? 4096 : 2048;
     const double step = (double) n / p.sample, want = k / step, rank = want + 4 * sqrt(want) + 2;
@@ -3373,8 +3374,8 @@ static dsa_status dsa__cu_score_launch(const dsa__cu *g, const dsa__cu_score_cal
         }
         if (c->fast_select) plan = dsa__cu_topk_prepare(g, (int32_t)n, (int32_t)c->n_cols, (int32_t)c->sel.k);
         if (c->fast && c->n_cols > 0) {
-            if (!c->select) dsa__cu_fill<<<dim3((unsigned)((c->n_cols + 255) / 256), (unsigned)n), 256, 0, stream>>>(I, c->stride,
-                c->n_cols);
+            dim3 fill((unsigned)((c->n_cols + 255) / 256), (unsigned)n);
+            if (!c->select) dsa__cu_fill<<<fill, 256, 0, stream>>>(I, c->stride, c->n_cols);
             err = dsa__cu_score_fast(g, c, I, row, n, (uint32_t *)c->topk, plan.count_bytes / 4, stream);
         } else if (c->n_cols > 0) {
 #define DSA__CU_GO(FORMAT) dsa__cu_score_reference<FORMAT><<<grid, 256, 0, stream>>>(c->pool, c->ranges, c->n_heads, c->x, c->v, I, \
@@ -3387,9 +3388,8 @@ static dsa_status dsa__cu_score_launch(const dsa__cu *g, const dsa__cu_score_cal
         }
         if (c->fast_select && err == cudaSuccess)
             err = dsa__cu_topk_launch(stream, g, plan, I, c->stride, c->bounds.lo, c->bounds.hi, (int32_t)n, (int32_t)c->n_cols,
-                (int32_t)c->sel.k, c->sel.rank != 0,
-                                      c->fast && c->n_cols > 0, c->sel.fallback, c->sel.indices + row * c->sel.k, c->sel.scores
-                                          ? c->sel.scores + row * c->sel.k : NULL,
+                                      (int32_t)c->sel.k, c->sel.rank != 0, c->fast && c->n_cols > 0, c->sel.fallback,
+                                      c->sel.indices + row * c->sel.k, c->sel.scores ? c->sel.scores + row * c->sel.k : NULL,
                                       c->sel.counts ? c->sel.counts + row : NULL, c->topk);
         else if (c->select) dsa__cu_select_reference<<<(unsigned)n, 1024, 0, stream>>>(c->ranges, I, c->stride, row, c->sel);
         if (err != cudaSuccess || dsa__cu_launched() != DSA_OK) return DSA_ERR_DEVICE;
@@ -3877,8 +3877,8 @@ extern "C" dsa_status dsa_cuda_step(const dsa_ctx *ctx, const dsa_cuda_step_args
     float *parts;
     dsa_status st = dsa__cu_step_args(ctx, a, &arena, &c);
     if (st != DSA_OK || a->batch.n_rows == 0) return st;
-    if (!a->q || !a->index_q || !a->index_w ||
-        !a->out) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_step: q, index_q, index_w or out is NULL");
+    if (!a->q || !a->index_q || !a->index_w || !a->out)
+        return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_step: q, index_q, index_w or out is NULL");
     st = dsa__cu_arena_check(ctx, &arena, a->workspace, a->workspace_size);
     if (st != DSA_OK) return st;
     arena = dsa__cu_over(a->workspace);

@@ -1130,8 +1130,7 @@ static inline cudaError_t dsa__cu_index_launch(cudaStream_t stream, const dsa__c
     } else {
         const size_t shared = (size_t) most * tiles * 8 * (a.dim * 2 + 4);
 #define DSA__CU_GO(F) (a.dim == 128 ? dsa__cu_launch(dsa__cu_index_mma<F, 128>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, 0, 1, args) \
-                     : a.dim == 64 ? dsa__cu_launch(dsa__cu_index_mma<F, 64>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, 0, 1, \
-                         args) : dsa__cu_launch(dsa__cu_index_mma<F, 32>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, 0, 1, args))
+                     : a.dim == 64 ? dsa__cu_launch(dsa__cu_index_mma<F, 64>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, 0, 1, args) : dsa__cu_launch(dsa__cu_index_mma<F, 32>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, 0, 1, args))
         if (a.format == DSA_FP8) err = DSA__CU_GO(DSA_FP8);
         else if (a.format == DSA_INT8) err = DSA__CU_GO(DSA_INT8);
         else err = DSA__CU_GO(DSA_BF16);
@@ -2290,10 +2289,10 @@ static __global__ void __launch_bounds__(256, 1) dsa__cu_attend_portable(const _
             const int col = w * 8 + 2 * (lane & 3);
             const bool on0 = valid[(leaf & 3) * LEAF + col] != 0, on1 = valid[(leaf & 3) * LEAF + col + 1] != 0;
             float *to = scores + (g * 16 + (lane >> 2)) * S::scores + col;
-            *(float2 *)to = make_float2(on0 ? (sum[0][0] + sum[1][0] + sum[2][0]) * c : -INFINITY, on1
-                ? (sum[0][1] + sum[1][1] + sum[2][1]) * c : -INFINITY);
-            *(float2 *)(to + 8 * S::scores) = make_float2(on0 ? (sum[0][2] + sum[1][2] + sum[2][2]) * c : -INFINITY, on1
-                ? (sum[0][3] + sum[1][3] + sum[2][3]) * c : -INFINITY);
+            *(float2 *)to = make_float2(on0 ? (sum[0][0] + sum[1][0] + sum[2][0]) * c : -INFINITY,
+                on1 ? (sum[0][1] + sum[1][1] + sum[2][1]) * c : -INFINITY);
+            *(float2 *)(to + 8 * S::scores) = make_float2(on0 ? (sum[0][2] + sum[1][2] + sum[2][2]) * c : -INFINITY,
+                on1 ? (sum[0][3] + sum[1][3] + sum[2][3]) * c : -INFINITY);
         }
         dsa__cu_bar(1 + g, 128);
 
@@ -2385,17 +2384,21 @@ static __global__ void __launch_bounds__(256, 1) dsa__cu_attend_portable(const _
 }
 
 /* ---- Hopper path: wgmma, mbarriers, a producer warpgroup (sm_90a) ----------------------------------- */
-/* R = 512, r = 64 or 0, rows on 16 bytes. Warpgroup 2 brings rows, warpgroups 0 and 1 multiply (dsa__cu_attend_pair). A tile is 9 (8
-   without
-   rope) chunks of 64 columns,
-      each 64 rows of 128 bytes with the 128-byte swizzle: unit u of row s lies at u ^ (s % 8). The rope chunk is read
-   only by the scores, so weights are handed over in its place. */
+/* R = dim_v = 512, r = 64 or 0, everything on 16 bytes. A block attends for 64 heads of a row. A leaf of 128 entries is two tiles of 64
+   rows. Warpgroup 2 brings rows. Warpgroup w of 0, 1 scores tile w (64 heads x 64 keys, 36 steps); both agree on the leaf's
+   maximum, swap weights, and multiply all 128 keys' weights with their half of the columns, 64 columns at a time (O: 64 x 256, 128
+   registers), 8 products a fold. A tile is 9 (8 without rope) chunks of 64 columns, each 64 rows of 128 bytes with the 128-byte swizzle:
+   unit u of row s lies at u ^ (s % 8). The rope chunk is read only by scores, so the weights are swapped in its place. A chunk of both
+   tiles goes back to the producer as soon as it is multiplied, and scores take chunks in the order in which they come back: 0 4 1 5
+   2 6 3 7, then rope. A block goes through several (row, part of the list, head group); the producer is ahead with rows and q.
+   TWO (FP8, 65..128 heads): two blocks of a cluster do the two head groups of a row and share its rows: each widens one tile for both.
+   LADDER.md says what each of these brought. */
 #define DSA__CU_LEAF_HOPPER 128
 #define DSA__CU_CHUNK 8192                               /* bytes of 64 rows x 64 columns */
 
-struct dsa__cu_pair_smem {
-    static constexpr int q = 0, tile = 9 * DSA__CU_CHUNK, kv = tile, swap = 3 * tile, bars = swap + 4 * 128 * 8, valid = bars + 128,
-        bytes = valid + 32;
+struct dsa__cu_hopper_smem {
+    static constexpr int q = 0, tile = 9 * DSA__CU_CHUNK, kv = tile, swap = 3 * tile, bars = swap + 4 * 128 * 8, valid = bars + 128;
+    static constexpr int bytes = valid + 32;
 };
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -2403,12 +2406,10 @@ static __device__ __forceinline__ void dsa__cu_bar_init(uint32_t bar, int n)
 {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(n) : "memory");
 }
-
 static __device__ __forceinline__ void dsa__cu_bar_arrive(uint32_t bar)
 {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory");
 }
-
 /* arrives once all copies that this thread has issued are there */
 static __device__ __forceinline__ void dsa__cu_bar_arrive_copies(uint32_t bar)
 {
@@ -2444,7 +2445,8 @@ static __device__ __forceinline__ uint32_t dsa__cu_desc(uint32_t at)
     "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
     "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
     "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-#define DSA__CU_N32 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
+#define DSA__CU_N32 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
 
 /* d [64, 64] (+)= a [64, 16] b [64, 16]^T, both in shared memory, columns (the summed dimension) contiguous */
 static __device__ __forceinline__ void dsa__cu_wgmma_ss(float (&d)[32], uint32_t a, uint32_t b, int add)
@@ -2461,7 +2463,6 @@ static __device__ __forceinline__ void dsa__cu_wgmma_rs(float (&d)[32], const ui
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " DSA__CU_N32 ", {%32,%33,%34,%35}, b, p, 1, 1, 1; }"
         : DSA__CU_D32(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add), "n"(DSA__CU_DESC_HIGH));
 }
-
 
 /* 16 bytes, zeros where `on` is 0. Predicated, not branched around: behind a branch the compiler copies the result, and so waits for it. */
 static __device__ __forceinline__ uint4 dsa__cu_load16(const void *from, int on)
@@ -2505,8 +2506,8 @@ static __device__ __forceinline__ void dsa__cu_prefetch_fp8(const unsigned char 
         : NULL));
 }
 
-/* The end of a block that saw the whole list: O / (L + sink) of warpgroup w's half of the columns, lse and max. A thread has 2 columns of
-   each
+/* The end of a block that saw the whole list: O / (L + sink) of warpgroup w's half of the columns,
+    lse and max. A thread has 2 columns of each
    8; four threads swap theirs so that each stores 8 columns at once: shared memory stays with what comes next. */
 static __device__ __forceinline__ void dsa__cu_attend_end(const dsa__cu_attend &A, float (&O)[4][32], float M0, float M1, float L0,
     float L1, int row, int group, int w)
@@ -2557,13 +2558,6 @@ static __device__ __forceinline__ void dsa__cu_attend_end(const dsa__cu_attend &
     }
 }
 
-/* ---- the same with leaves of 128: both warpgroups in step ------------------------------------------------ */
-/* A leaf is two tiles of 64 rows. Warpgroup w scores tile w; both agree on the leaf's maximum, swap weights, and multiply all 128 keys'
-   weights with their half of the columns, 64 columns at a time, 8 products a fold. A chunk (64 columns of both tiles) goes back to the
-   producer as soon as it is multiplied, and scores take chunks in the order in which they come back: 0 4 1 5 2 6 3 7, then rope.
-   A block goes through several (row, chunk of the list, head group); the producer is ahead of the output and of the next q.
-   TWO: two blocks of a cluster do the two head groups of a row and share its rows: each widens one tile for both. */
-
 /* One unit of work. */
 typedef struct dsa__cu_unit { int32_t row, group, first, n; } dsa__cu_unit;
 
@@ -2581,8 +2575,10 @@ static __device__ __forceinline__ dsa__cu_unit dsa__cu_unit_of(const dsa__cu_att
     return u;
 }
 
-static __device__ __forceinline__ int dsa__cu_unit_row(const dsa__cu_attend &A,
-    int unit) { return unit / ((A.n_heads + 63) / 64) / A.n_chunks; }
+static __device__ __forceinline__ int dsa__cu_unit_row(const dsa__cu_attend &A, int unit)
+{
+    return unit / ((A.n_heads + 63) / 64) / A.n_chunks;
+}
 
 static __device__ __forceinline__ uint32_t dsa__cu_peer(uint32_t at, uint32_t rank)
 {
@@ -2590,10 +2586,9 @@ static __device__ __forceinline__ uint32_t dsa__cu_peer(uint32_t at, uint32_t ra
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(at), "r"(rank));
     return to;
 }
-/* What goes to the other block counts itself off at its barrier. Plain stores and a release over the cluster cost a fence of the whole
-   memory and a
-   flush of the L1 per arrival (189 us where this takes 1.4 times less), st.async of 16 bytes a lane is bound by the way between the
-   multiprocessors; bulk copies of what a warp has just widened for its own block are neither. */
+/* What goes to the other block counts itself off at its barrier. Plain stores and arrivals that release over the cluster cost a fence of
+   the whole memory and a flush of the L1 each (64 rows: 189 us), st.async of 16 bytes a lane is bound by the way between the
+   multiprocessors (138 us); bulk copies of what a warp has just widened for its own block are neither (117 us). */
 static __device__ __forceinline__ void dsa__cu_peer_copy(uint32_t to, uint32_t from, int bytes, uint32_t bar)
 {
     asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" :: "r"(to), "r"(from),
@@ -2638,7 +2633,7 @@ static __device__ __forceinline__ void dsa__cu_produce_q(const dsa__cu_attend &A
 }
 
 template <int ROPE, bool SPLIT>
-static __device__ __forceinline__ void dsa__cu_produce_pair_bf16(const dsa__cu_attend &A, uint32_t kv, uint32_t full, uint32_t empty,
+static __device__ __forceinline__ void dsa__cu_produce_bf16(const dsa__cu_attend &A, uint32_t kv, uint32_t full, uint32_t empty,
     uint32_t *valid)
 {
     const int lane = threadIdx.x & 31, p = (threadIdx.x >> 5) & 3, sub = lane >> 3, unit16 = lane & 7;
@@ -2652,7 +2647,7 @@ static __device__ __forceinline__ void dsa__cu_produce_pair_bf16(const dsa__cu_a
         int32_t next[8];
 #pragma unroll
         for (int j = 0; j < 8; j++) next[j] = dsa__cu_entry(E, U.first * 128 + (j >> 2) * 64 + 16 * p + 4 * (j & 3) + sub);
-        dsa__cu_produce_q<ROPE>(A, U, kv - dsa__cu_pair_smem::kv, empty + 72, empty + 80, turn++);
+        dsa__cu_produce_q<ROPE>(A, U, kv - dsa__cu_hopper_smem::kv, empty + 72, empty + 80, turn++);
         for (int i = 0; i < U.n; i++, it++) {
             const unsigned char *from[8];
             uint32_t bits[2] = { 0, 0 }, on = 0;
@@ -2674,7 +2669,7 @@ static __device__ __forceinline__ void dsa__cu_produce_pair_bf16(const dsa__cu_a
                     if (it > 0) dsa__cu_bar_wait(empty + 8 * c, (it + 1) & 1);
 #pragma unroll
                     for (int j = 0; j < 8; j++)
-                        dsa__cu_copy16((j & 1 ? odd : even) + (j >> 2) * dsa__cu_pair_smem::tile + c * DSA__CU_CHUNK + (j & 2) * 512,
+                        dsa__cu_copy16((j & 1 ? odd : even) + (j >> 2) * dsa__cu_hopper_smem::tile + c * DSA__CU_CHUNK + (j & 2) * 512,
                             from[j] + c * 128, on >> j & 1);
                 }
                 if (g == 0) {
@@ -2694,15 +2689,15 @@ static __device__ __forceinline__ void dsa__cu_produce_pair_bf16(const dsa__cu_a
 /* FP8: SLOTS rows of a leaf per thread, 4, or 2 in a cluster (tile `rank`, written to both blocks). v: the values of the next 4 / SLOTS
    groups of chunks, on their way while others are widened. */
 template <int ROPE, bool SPLIT, bool TWO>
-static __device__ __forceinline__ void dsa__cu_produce_pair_fp8(const dsa__cu_attend &A, uint32_t kv, uint32_t full, uint32_t empty,
+static __device__ __forceinline__ void dsa__cu_produce_fp8(const dsa__cu_attend &A, uint32_t kv, uint32_t full, uint32_t empty,
     uint32_t valid)
 {
     constexpr int SLOTS = TWO ? 2 : 4, AHEAD = 4 / SLOTS;
     const int lane = threadIdx.x & 31, p = (threadIdx.x >> 5) & 3, sub = lane >> 2, u = lane & 3;
     const uint32_t rank = TWO ? blockIdx.x & 1 : 0;
-    const uint32_t to = kv + rank * dsa__cu_pair_smem::tile + (16 * p + sub) * 128, to0 = to + (((2 * u) ^ sub) << 4),
+    const uint32_t to = kv + rank * dsa__cu_hopper_smem::tile + (16 * p + sub) * 128, to0 = to + (((2 * u) ^ sub) << 4),
         to1 = to + (((2 * u + 1) ^ sub) << 4);
-    const uint32_t warp16 = kv + rank * dsa__cu_pair_smem::tile + 16 * p * 128;                          /* a warp's 16 rows of chunk 0 */
+    const uint32_t warp16 = kv + rank * dsa__cu_hopper_smem::tile + 16 * p * 128;                          /* a warp's 16 rows of chunk 0 */
     const uint32_t far16 = TWO ? dsa__cu_peer(warp16, rank ^ 1) : 0, far_full = TWO ? dsa__cu_peer(full, rank ^ 1) : 0;
     uint32_t it = 0;
     int turn = 0;
@@ -2715,7 +2710,7 @@ static __device__ __forceinline__ void dsa__cu_produce_pair_fp8(const dsa__cu_at
 #pragma unroll
         for (int s = 0; s < SLOTS; s++) next[s] = dsa__cu_entry(E, U.first * 128 + (rank + (s >> 1)) * 64 + 16 * p + 8 * (s & 1) + sub);
         /* while the list is on its way */
-        dsa__cu_produce_q<ROPE>(A, U, kv - dsa__cu_pair_smem::kv, empty + 72, empty + 80, turn++);
+        dsa__cu_produce_q<ROPE>(A, U, kv - dsa__cu_hopper_smem::kv, empty + 72, empty + 80, turn++);
 #pragma unroll
         for (int s = 0; s < SLOTS; s++) row[s] = dsa__cu_row(A, E, next[s]);
         if (U.n <= 0) continue;
@@ -2750,7 +2745,7 @@ static __device__ __forceinline__ void dsa__cu_produce_pair_fp8(const dsa__cu_at
             if (ROPE) {
 #pragma unroll
                 for (int s = 0; s < SLOTS; s++) {
-                    const int at = (s >> 1) * dsa__cu_pair_smem::tile + 8 * DSA__CU_CHUNK + (s & 1) * 1024;
+                    const int at = (s >> 1) * dsa__cu_hopper_smem::tile + 8 * DSA__CU_CHUNK + (s & 1) * 1024;
                     if (TWO) {
                         dsa__cu_store16(to0 + at, rope[s][0]);
                         dsa__cu_store16(to1 + at, rope[s][1]);
@@ -2793,7 +2788,7 @@ static __device__ __forceinline__ void dsa__cu_produce_pair_fp8(const dsa__cu_at
                         const float f = __uint_as_float(x ? g < 2 ? scale[s].z : scale[s].w : g < 2 ? scale[s].x : scale[s].y);
                         const uint2 a0 = dsa__cu_widen4(y.x, f), a1 = dsa__cu_widen4(y.y, f), a2 = dsa__cu_widen4(y.z, f),
                             a3 = dsa__cu_widen4(y.w, f);
-                        const int at = (s >> 1) * dsa__cu_pair_smem::tile + (g + 4 * x) * DSA__CU_CHUNK + (s & 1) * 1024;
+                        const int at = (s >> 1) * dsa__cu_hopper_smem::tile + (g + 4 * x) * DSA__CU_CHUNK + (s & 1) * 1024;
                         v[g % AHEAD][s][x] = dsa__cu_load16(row[s] + 256 * x + (g + AHEAD) % 4 * 64 + 16 * u, row[s] != NULL);
                         dsa__cu_store16(to0 + at, make_uint4(a0.x, a0.y, a1.x, a1.y));
                         dsa__cu_store16(to1 + at, make_uint4(a2.x, a2.y, a3.x, a3.y));
@@ -2823,9 +2818,9 @@ static __device__ __forceinline__ void dsa__cu_produce_pair_fp8(const dsa__cu_at
 }
 
 template <int ROPE, bool FP8, bool SPLIT, bool TWO>
-static __global__ void __launch_bounds__(384, 1) dsa__cu_attend_pair(const __grid_constant__ dsa__cu_attend A)
+static __global__ void __launch_bounds__(384, 1) dsa__cu_attend_hopper(const __grid_constant__ dsa__cu_attend A)
 {
-    using S = dsa__cu_pair_smem;
+    using S = dsa__cu_hopper_smem;
     extern __shared__ __align__(1024) unsigned char smem[];
     const uint32_t base = dsa__cu_smem(smem), kv = base + S::kv, full = base + S::bars, empty = full + 32;
     uint32_t *valid = (uint32_t *)(smem + S::valid);                        /* [2][4] x 16 bits */
@@ -2846,8 +2841,8 @@ static __global__ void __launch_bounds__(384, 1) dsa__cu_attend_pair(const __gri
 
     if (w == 2) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(FP8 && !TWO ? 104 : 88));
-        if (FP8) dsa__cu_produce_pair_fp8<ROPE, SPLIT, TWO>(A, kv, full, empty, base + S::valid);
-        else     dsa__cu_produce_pair_bf16<ROPE, SPLIT>(A, kv, full, empty, valid);
+        if (FP8) dsa__cu_produce_fp8<ROPE, SPLIT, TWO>(A, kv, full, empty, base + S::valid);
+        else     dsa__cu_produce_bf16<ROPE, SPLIT>(A, kv, full, empty, valid);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(FP8 && !TWO ? 200 : 208));
         constexpr int DIM = 512 + ROPE;
@@ -3010,7 +3005,7 @@ static __global__ void __launch_bounds__(384, 1) dsa__cu_attend_pair(const __gri
 }
 #else
 template <int ROPE, bool FP8, bool SPLIT, bool TWO>
-static __global__ void dsa__cu_attend_pair(const __grid_constant__ dsa__cu_attend A) { (void)A; }
+static __global__ void dsa__cu_attend_hopper(const __grid_constant__ dsa__cu_attend A) { (void)A; }
 #endif
 
 /* ---- launch ---------------------------------------------------------------------------------------- */
@@ -3085,21 +3080,21 @@ static cudaError_t dsa__cu_attend_run(const dsa__cu *g, const dsa__cu_attend *ca
         const int groups = (A.n_heads + 63) / 64, two = fp8 && groups == 2;
         const int64_t all = grid < g->n_sm ? grid : two ? g->n_sm & ~1 : g->n_sm;                    /* blocks that stay */
         A.n_units = (int32_t)grid;
-#define DSA__CU_GO(ROPE, F, SP) F && two \
-        ? dsa__cu_launch(dsa__cu_attend_pair<ROPE, F, SP, F>, dim3((unsigned)all), 384, dsa__cu_pair_smem::bytes, stream, 1, 2, args) \
-        : dsa__cu_launch(dsa__cu_attend_pair<ROPE, F, SP, false>, dim3((unsigned)all), 384, dsa__cu_pair_smem::bytes, stream, 1, 1, args)
-        if (A.pool.dim_rope) err = fp8 ? split ? DSA__CU_GO(64, true, true) : DSA__CU_GO(64, true, false) : split ? DSA__CU_GO(64, false,
-            true) : DSA__CU_GO(64, false, false);
-        else            err = fp8 ? split ? DSA__CU_GO(0, true, true) : DSA__CU_GO(0, true, false) : split ? DSA__CU_GO(0, false, true)
-            : DSA__CU_GO(0, false, false);
+#define DSA__CU_GO(ROPE, F, SP, TWO) dsa__cu_launch(dsa__cu_attend_hopper<ROPE, F, SP, TWO>, dim3((unsigned)all), 384, \
+        dsa__cu_hopper_smem::bytes, stream, 1, TWO ? 2 : 1, args)
+#define DSA__CU_GO6(ROPE) !fp8 ? split ? DSA__CU_GO(ROPE, false, true, false) : DSA__CU_GO(ROPE, false, false, false) \
+        : two ? split ? DSA__CU_GO(ROPE, true, true, true) : DSA__CU_GO(ROPE, true, false, true) \
+              : split ? DSA__CU_GO(ROPE, true, true, false) : DSA__CU_GO(ROPE, true, false, false)
+        if (A.pool.dim_rope) err = DSA__CU_GO6(64);
+        else err = DSA__CU_GO6(0);
+#undef DSA__CU_GO6
 #undef DSA__CU_GO
     } else {
 #define DSA__CU_GO(DQ, DV, F, SP, MLA) dsa__cu_launch(dsa__cu_attend_portable<DQ, DV, F, SP, MLA>, dim3((unsigned)grid), 256, \
         (F ? dsa__cu_portable_smem<DQ>::bytes_fp8 : dsa__cu_portable_smem<DQ>::bytes_bf16), stream, g->overlap, 1, args)
         const int small = D <= 320 && A.dim_v <= 256;
-        if (fp8 && A.pool.dim + (A.pool.dim + 127) / 128 * 4 + 2 * A.pool.dim_rope > (small ? dsa__cu_portable_smem<320>::raw_row
-            : dsa__cu_portable_smem<576>::raw_row))
-            return cudaErrorInvalidValue;
+        const int raw = A.pool.dim + (A.pool.dim + 127) / 128 * 4 + 2 * A.pool.dim_rope;
+        if (fp8 && raw > (small ? dsa__cu_portable_smem<320>::raw_row : dsa__cu_portable_smem<576>::raw_row)) return cudaErrorInvalidValue;
 #define DSA__CU_GO4(DQ, DV, MLA) (fp8 ? split ? DSA__CU_GO(DQ, DV, true, true, MLA) : DSA__CU_GO(DQ, DV, true, false, MLA) \
                                       : split ? DSA__CU_GO(DQ, DV, false, true, MLA) : DSA__CU_GO(DQ, DV, false, false, MLA))
         if (small) err = DSA__CU_GO4(320, 256, false);
@@ -4306,7 +4301,7 @@ extern "C" dsa_status dsa_cuda_create(const dsa_cuda_desc *desc, dsa_cuda **cuda
         dsa__cu_turn t = dsa__cu_enter(g);
         if (t.err == cudaSuccess) t.err = cudaFuncGetAttributes(&code, dsa__cu_attend_reference);   /* is there code for this device? */
         g->overlap = t.err == cudaSuccess && code.ptxVersion >= 90;      /* code for older devices does not wait */
-        if (t.err == cudaSuccess) t.err = cudaFuncGetAttributes(&code, dsa__cu_attend_pair<64, true, false, true>);
+        if (t.err == cudaSuccess) t.err = cudaFuncGetAttributes(&code, dsa__cu_attend_hopper<64, true, false, true>);
         hopper = t.err == cudaSuccess && major == 9 && code.numRegs > 100;   /* what other architectures have in its place is empty */
         if (t.err == cudaSuccess && g->path == DSA_CUDA_HOPPER && !hopper) t.err = cudaErrorInvalidDeviceFunction;
         if (g->path == DSA_CUDA_AUTO) g->path = hopper ? DSA_CUDA_HOPPER : DSA_CUDA_PORTABLE;

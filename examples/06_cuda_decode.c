@@ -4,9 +4,9 @@
            -lstdc++ -ldl -lrt -lm -pthread && ./a.out
 
    Three lines differ from the CPU: dsa_cuda_create, config.cuda and the device in the caches' descriptions. The step below runs on both,
-      over
-   equal caches. The lists may differ in entries at the very cut (the GPU sums in another order), the outputs in bf16 rounding. An engine
-   that lives on the GPU takes the calls on device pointers instead: dsa_cuda_step and its kin at the end of dsa.h's declarations. */
+   over equal caches. The lists may differ in entries at the very cut (the GPU sums in another order), the outputs in what those entries
+   weigh and in bf16 rounding. An engine that lives on the GPU takes the calls on device pointers instead: dsa_cuda_step and its kin at the
+   end of dsa.h's declarations. */
 #define DSA_IMPLEMENTATION
 #include "../dsa.h"
 #include <math.h>
@@ -98,7 +98,9 @@ int main(void)
             same += k < TOP_K && indices[1][i][k] == indices[0][i][j];
         }
     }
-    double gap = 1 - 2 * dot / square, recall = (double)same / (STEPS * TOP_K);
-    printf("outputs differ by %.1e (1 - 2<a,b> / (|a|^2 + |b|^2)), lists agree in %.3f %%\n", gap, 100 * recall);
-    return fabs(gap) < 1e-3 && recall > 0.99 ? EXIT_SUCCESS : EXIT_FAILURE;
+    /* gap = |a - b|^2 / (|a|^2 + |b|^2). These weights are nearly equal and these rows random, so m other entries of k make it m / k; twice
+       that is allowed, and a little for rounding: 2^-9 of a value is 1e-6 of its square. */
+    double gap = 1 - 2 * dot / square, recall = (double)same / (STEPS * TOP_K), most = 2 * (1 - recall) + 1e-5;
+    printf("lists agree in %.3f %%, outputs differ by %.1e of their squares (at most %.1e)\n", 100 * recall, gap, most);
+    return recall > 0.999 && fabs(gap) < most ? EXIT_SUCCESS : EXIT_FAILURE;
 }

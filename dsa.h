@@ -51,6 +51,7 @@
      >>layer        5. one attention layer, hidden states in and out
      >>backward     6. gradients of norms, projections, attention and the indexer
      >>layer_backward 7. gradients of the layer
+     >>shards       8. one sequence on several machines
      >>end          of the implementation
      >>revisions    what changed, and the licence */
 
@@ -152,7 +153,16 @@
      Engines with slot mappings give dsa_append their slots: one list for both caches, len stays, seq.len says what exists.
      Shards (examples/05_sharded_attention.c): each scores its rows and keeps k with scores; make the positions global; merge
      with dsa_merge_topk; each attends to its part of the merged list (foreign positions are skipped); merge the partials.
-     With several queries give ks and ke: the visibility rule would take a shard for the whole sequence.
+     With several queries give ks and ke: the visibility rule would take a shard for the whole sequence. dsa_shard does this
+     arithmetic for blocks dealt round like cards, so that a growing sequence keeps every shard equally busy:
+         dsa_shard shard = { .n_shards = 8, .shard = rank, .block = 64 };
+         dsa_shard_ranges(&shard, len, n_q, ks, ke);                    // for dsa_score_args, with seq.len = the shard's own rows
+         dsa_score_select(&ctx, &score, &mine);                         // mine.scores set: unscored lists cannot be merged
+         dsa_shard_to_global(&shard, n_q * k, mine.indices);            // send indices and scores to all, then everywhere the same:
+         dsa_merge_topk(&ctx, &merge, &chosen);                         // the list of one undivided cache, bit for bit
+         dsa_shard_to_local(&shard, n_q * k, chosen.indices, list);     // -1: on another shard
+     then dsa_attend_begin, _add, _partial over list, out and lse to all, dsa_attend_merge in the order of the shards. Scored lists
+     have no short-context fallback: a row whose key is NaN is never chosen.
 
    BACKWARD (gradients only: the optimiser is yours)
      dsa_layer_backward    all of a layer's gradients: weights, x, and the indexer's loss     from weights
@@ -981,6 +991,22 @@ typedef struct dsa_layer_backward_args {
 } dsa_layer_backward_args;
 DSA_API dsa_status dsa_layer_backward_workspace(const dsa_ctx *ctx, const dsa_layer_backward_args *args, size_t *bytes);
 DSA_API dsa_status dsa_layer_backward(const dsa_ctx *ctx, const dsa_layer_backward_args *args);
+
+/* ---- 8. shards ---------------------------------------------------------------------------- */
+/* A sequence dealt to n_shards caches in blocks of rows, one after the other: rows [b block, b block + block) lie on shard b % n_shards,
+   in order. A block of at least len / n_shards rows makes contiguous pieces. All calls: ERR_NULL; ERR_ARGUMENT unless
+   0 <= shard < n_shards and block >= 1. */
+typedef struct dsa_shard { int32_t n_shards, shard, block; } dsa_shard;
+/* How many of rows [0, len) the shard holds. ERR_ARGUMENT: len outside [0, 2^31 - 1]. */
+DSA_API dsa_status dsa_shard_len(const dsa_shard *shard, int64_t len, int64_t *n_rows);
+/* What the newest n_q queries of a sequence of len rows may see of the shard: ks, ke [n_q], in the shard's own positions.
+   ERR_ARGUMENT, also if n_q is negative. */
+DSA_API dsa_status dsa_shard_ranges(const dsa_shard *shard, int64_t len, int32_t n_q, int64_t *ks, int64_t *ke);
+/* Positions in the shard to positions in the sequence, in place; negative ones (unused places) become -1. ERR_OVERFLOW: beyond
+   2^31 - 1, nothing is changed. ERR_SHAPE: n is negative. */
+DSA_API dsa_status dsa_shard_to_global(const dsa_shard *shard, int64_t n, int32_t *indices);
+/* The way back, each in its place: what another shard holds, and what is negative, becomes -1. local may be indices. */
+DSA_API dsa_status dsa_shard_to_local(const dsa_shard *shard, int64_t n, const int32_t *indices, int32_t *local);
 
 /* ---- threads ------------------------------------------------------------------------------ */
 #ifndef DSA_NO_THREADS
@@ -7821,6 +7847,79 @@ DSA_API dsa_status dsa_layer_backward(const dsa_ctx *ctx, const dsa_layer_backwa
     if (st == DSA_OK) st = dsa__layer_back_pass(ctx, &c, 1);
     DSA_ASSERT(st == DSA_OK);
     return st;
+}
+
+/* ============================================================================================
+   >>shards                                   8. one sequence on several machines
+   ============================================================================================
+   Only arithmetic. Why the rest is exact: a row outside its shard's best k is outside the best k of all, shards keep the order of
+   the rows, so ties fall the same way, and partials merge (spec 5.3). */
+
+static dsa_status dsa__shard_check(const dsa_shard *s, const void *a, const void *b)
+{
+    if (!s || !a || !b) return DSA_ERR_NULL;
+    return s->shard < 0 || s->shard >= s->n_shards || s->block < 1 ? DSA_ERR_ARGUMENT : DSA_OK;
+}
+
+/* Of rows [0, len): whole rounds of n_shards blocks, and of the last, unfinished round what this shard got. */
+static int64_t dsa__shard_len(const dsa_shard *s, int64_t len)
+{
+    int64_t round = (int64_t)s->n_shards * s->block;
+    return len / round * s->block + dsa__clamp64(len % round - (int64_t)s->shard * s->block, 0, s->block);
+}
+
+DSA_API dsa_status dsa_shard_len(const dsa_shard *shard, int64_t len, int64_t *n_rows)
+{
+    dsa_status st = dsa__shard_check(shard, n_rows, n_rows);
+    if (st != DSA_OK) return st;
+    if (len < 0 || len > DSA__MAX_POS) return DSA_ERR_ARGUMENT;
+    *n_rows = dsa__shard_len(shard, len);
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_shard_ranges(const dsa_shard *shard, int64_t len, int32_t n_q, int64_t *ks, int64_t *ke)
+{
+    int32_t i;
+    dsa_status st = dsa__shard_check(shard, ks, ke);
+    if (st != DSA_OK) return st;
+    if (len < 0 || len > DSA__MAX_POS || n_q < 0) return DSA_ERR_ARGUMENT;
+    for (i = 0; i < n_q; i++) {
+        ks[i] = 0;
+        ke[i] = dsa__shard_len(shard, dsa__max64(len - n_q + i + 1, 0));
+    }
+    return DSA_OK;
+}
+
+/* May lie beyond 2^31 - 1, not beyond 2^63: the first term is at most position * n_shards, the second shard * block. */
+static int64_t dsa__shard_global(const dsa_shard *s, int32_t position)
+{
+    return (int64_t)(position / s->block) * s->n_shards * s->block + (int64_t)s->shard * s->block + position % s->block;
+}
+
+DSA_API dsa_status dsa_shard_to_global(const dsa_shard *shard, int64_t n, int32_t *indices)
+{
+    int64_t i;
+    dsa_status st = dsa__shard_check(shard, indices, indices);
+    if (st != DSA_OK) return st;
+    if (n < 0) return DSA_ERR_SHAPE;
+    for (i = 0; i < n; i++)
+        if (indices[i] >= 0 && dsa__shard_global(shard, indices[i]) > DSA__MAX_POS) return DSA_ERR_OVERFLOW;
+    for (i = 0; i < n; i++) indices[i] = indices[i] < 0 ? -1 : (int32_t)dsa__shard_global(shard, indices[i]);
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_shard_to_local(const dsa_shard *shard, int64_t n, const int32_t *indices, int32_t *local)
+{
+    int64_t i;
+    dsa_status st = dsa__shard_check(shard, indices, local);
+    if (st != DSA_OK) return st;
+    if (n < 0) return DSA_ERR_SHAPE;
+    for (i = 0; i < n; i++) {
+        int32_t block = indices[i] < 0 ? -1 : indices[i] / shard->block;
+        local[i] = block < 0 || block % shard->n_shards != shard->shard ? -1
+                 : block / shard->n_shards * shard->block + indices[i] % shard->block;
+    }
+    return DSA_OK;
 }
 
 /* ============================================================================================

@@ -43,6 +43,7 @@ help:
 	@echo 'make bench-sweep  one layer from 1K to 1M tokens, dense beside DSA: build/sweep.csv, build/sweep.png'
 	@echo 'make bench-peers  the same work by the GEMMs of oneDNN, OpenBLAS and BLIS, where they are installed'
 	@echo 'make examples     build the numbered examples'
+	@echo 'make mpi          build/context_parallel_mpi, one sequence over MPI ranks (Debian: libopenmpi-dev, openmpi-bin)'
 	@echo 'make conformance  compare the library with the reference vectors'
 	@echo 'make cuda         build/dsa_cuda.o, the GPU part (nvcc on PATH or in CUDA_HOME)'
 	@echo 'make test-cuda    compare the GPU with the CPU'
@@ -72,6 +73,10 @@ bench-peers:
 	build/bench_peers
 
 examples: $(EXAMPLES)
+
+mpi:
+	@mkdir -p build
+	OMPI_CC='$(CC)' mpicc $(CFLAGS) $(WARN) -o build/context_parallel_mpi examples/context_parallel_mpi.c $(LIBS)
 
 conformance: build/conformance
 	build/conformance tests/vectors/*.safetensors
@@ -115,4 +120,4 @@ $(TOOLS): build/%: tools/%.c $(TOOL_HEADERS) build/flags $(CUDA_OBJECT_$(CUDA))
 $(EXAMPLES): build/%: examples/%.c dsa.h examples/safetensors.h build/flags
 	$(BUILD) -o $@ $< $(LIBS)
 
-.PHONY: help tools demo test check bench bench-sweep bench-peers examples conformance cuda test-cuda clean always
+.PHONY: help tools demo test check bench bench-sweep bench-peers examples mpi conformance cuda test-cuda clean always

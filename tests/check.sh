@@ -163,6 +163,26 @@ example() {
     (cd $OUT/root && sh -c "$line") && [ "$(wc -l < examples/"$1".c)" -lt 150 ]
 }
 
+# One sequence over 1 to 8 MPI ranks: the same lists whatever the number (the program compares outputs itself), also where ranks hold
+# nothing; and a rank that dies ends the run with an error, not with a hang.
+mpi() {
+    run="mpirun --oversubscribe"
+    [ "$(id -u)" != 0 ] || run="$run --allow-run-as-root"
+    mpicc -std=c99 -O2 $STRICT examples/context_parallel_mpi.c -lm -pthread -o $OUT/context_parallel || return 1
+    for rows in 4000 3; do
+        for ranks in 1 2 3 4 8; do
+            timeout 100 $run -n $ranks $OUT/context_parallel --rows $rows > $OUT/mpi.txt || { cat $OUT/mpi.txt; return 1; }
+            grep '^hash' $OUT/mpi.txt >> $OUT/mpi_hashes_$rows.txt || return 1
+        done
+        [ "$(sort -u $OUT/mpi_hashes_$rows.txt | wc -l)" = 1 ] || { echo 'the lists depend on the number of ranks'; return 1; }
+    done
+    for rank in 0 2; do
+        timeout 60 $run -n 3 $OUT/context_parallel --rows 4000 --die $rank
+        ended=$?
+        [ $ended != 0 ] && [ $ended != 124 ] || { echo "rank $rank died, and mpirun's status is $ended"; return 1; }
+    done
+}
+
 conformance() {
     "$@" tests/vectors/*.safetensors && "$@" --model examples/tiny-dsa examples/tiny-dsa/reference.safetensors
 }
@@ -256,6 +276,7 @@ lane_1() {
         case $source in *_cuda_*) continue ;; esac               # needs a GPU: tools/gpu_check.sh
         step "example $(basename "$source" .c)" example "$(basename "$source" .c)"
     done
+    needs mpicc 'context parallelism over MPI' && needs mpirun 'context parallelism over MPI' && step 'context parallelism over MPI' mpi
     step 'README' readme
     step 'statuses of the tools' statuses
     needs python3 'generate, greedy bytes' && step 'generate, greedy bytes' greedy

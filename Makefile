@@ -27,9 +27,7 @@ CUDA_LIBS_1 = $(CUDA_LINK)
 BUILD = $(CC) $(CFLAGS) $(WARN)
 TOOLS = build/conformance build/generate build/needle build/demo build/bench
 EXAMPLES = build/01_quick_start build/02_paged_attention build/03_decode_step build/04_layer build/05_sharded_attention
-TEST_OBJECTS = build/impl.o build/main.o build/test_numeric.o build/test_select.o build/test_score.o \
-	build/test_cache.o build/test_attend.o build/test_step.o build/test_layer.o build/test_threads.o build/test_random.o \
-	build/test_errors.o build/test_device.o build/test_golden.o build/test_backward.o build/test_shards.o
+TEST_OBJECTS = build/impl.o build/main.o $(patsubst tests/%.c,build/%.o,$(filter-out %/test_cuda.c,$(sort $(wildcard tests/test_*.c))))
 TEST_HEADERS = dsa.h tests/harness.h tests/brute.h tests/fixture.h tests/ref_layer.h examples/safetensors.h
 TOOL_HEADERS = dsa.h tools/engine.h tools/needle.h tools/blis.h tools/conformance_kernels.h tools/conformance_model.h \
 	tools/conformance_report.h tools/bench.h tools/bench_data.h tools/device.h tools/bench_cuda.h examples/safetensors.h

@@ -2,7 +2,7 @@
 
        mpicc -O2 examples/context_parallel_mpi.c -o context_parallel -lm -pthread && mpirun -n 4 ./context_parallel
 
-   Row i lives on rank i % n, so that a growing sequence stays balanced. A step of decoding, here with two drafts behind it:
+   Rows are dealt to the ranks in blocks of 16 (dsa_shard), so that a growing sequence stays balanced. A step of decoding, here with two drafts behind it:
      1. rank 0 hands the queries to all; the owners of the new rows append them;
      2. each rank scores its own keys and keeps its best k with scores (dsa_score_select); all gather all lists;
      3. each rank merges them into the exact list of the whole (dsa_merge_topk): the same list everywhere;
@@ -21,7 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { HEADS = 16, LATENT = 128, ROPE = 16, WIDTH = LATENT + ROPE, INDEX_HEADS = 8, INDEX_DIM = 32, TOP_K = 128, QUERIES = 3 };
+enum { HEADS = 16, LATENT = 128, ROPE = 16, WIDTH = LATENT + ROPE, INDEX_HEADS = 8, INDEX_DIM = 32, TOP_K = 128, QUERIES = 3, BLOCK = 16 };
 enum { Q = HEADS * WIDTH, INDEX_Q = INDEX_HEADS * INDEX_DIM, QUERY = Q + INDEX_Q + INDEX_HEADS, OUT = HEADS * LATENT };
 
 static char workspace[1 << 22];
@@ -51,54 +51,54 @@ static void make(float *x, int n, uint64_t what, uint64_t which)
     }
 }
 
-/* Some rows of a sequence: every n-th one from `first` on. */
-typedef struct shard { dsa_cache latents, keys; dsa_seq seq; int64_t first, every; } shard;
+/* The rows of a sequence that one rank holds. */
+typedef struct piece { dsa_shard shard; dsa_cache latents, keys; dsa_seq seq; } piece;
 
-static void shard_create(const dsa_ctx *ctx, shard *s, int64_t first, int64_t every, int64_t most)
+static void piece_create(const dsa_ctx *ctx, piece *p, int32_t n_shards, int32_t shard, int64_t most)
 {
-    *s = (shard){ .seq = { .latent = &s->latents, .index = &s->keys, .n_q = 1 }, .first = first, .every = every };
-    check(dsa_cache_create(ctx, &(dsa_cache_desc){ .kind = DSA_LATENT, .capacity = most / every + 1 }, &s->latents));
-    check(dsa_cache_create(ctx, &(dsa_cache_desc){ .kind = DSA_INDEX_KEY, .capacity = most / every + 1 }, &s->keys));
+    *p = (piece){ .shard = { n_shards, shard, BLOCK }, .seq = { .latent = &p->latents, .index = &p->keys } };
+    int64_t rows;
+    check(dsa_shard_len(&p->shard, most, &rows));
+    check(dsa_cache_create(ctx, &(dsa_cache_desc){ .kind = DSA_LATENT, .capacity = rows + 1 }, &p->latents));
+    check(dsa_cache_create(ctx, &(dsa_cache_desc){ .kind = DSA_INDEX_KEY, .capacity = rows + 1 }, &p->keys));
 }
 
-/* How many of its rows lie below row `end` of the sequence. */
-static int64_t below(const shard *s, int64_t end) { return end <= s->first ? 0 : (end - s->first + s->every - 1) / s->every; }
-
-static void shard_append(const dsa_ctx *ctx, shard *s, int64_t begin, int64_t end)
+/* Those of rows [begin, end) that belong here. */
+static void piece_append(const dsa_ctx *ctx, piece *p, int64_t begin, int64_t end)
 {
     float latent[WIDTH], key[INDEX_DIM];
-    s->seq.n_q = 1;
-    for (int64_t i = s->first + below(s, begin) * s->every; i < end; i += s->every) {
+    p->seq.n_q = 1;
+    for (int64_t i = begin; i < end; i++) {
+        int32_t row = (int32_t)i;
+        check(dsa_shard_to_local(&p->shard, 1, &row, &row));
+        if (row < 0) continue;
         make(latent, WIDTH, 1, (uint64_t)i);
         make(key, INDEX_DIM, 2, (uint64_t)i);
-        check(dsa_append(ctx, &(dsa_append_args){ .n_seqs = 1, .seqs = &s->seq, .latent = latent, .index_key = key }));
+        check(dsa_append(ctx, &(dsa_append_args){ .n_seqs = 1, .seqs = &p->seq, .latent = latent, .index_key = key }));
     }
 }
 
-/* The best k of each query among this shard's rows, as positions of the sequence. Query t sits at row begin + t. */
-static void shard_select(const dsa_ctx *ctx, shard *s, int64_t begin, const float *query, int32_t *indices, float *scores)
+/* The best k of each query among the rows here, as positions of the sequence, which has `len` rows with those of the queries. */
+static void piece_select(const dsa_ctx *ctx, piece *p, int64_t len, const float *query, int32_t *indices, float *scores)
 {
-    int64_t ks[QUERIES] = { 0 }, ke[QUERIES];
-    for (int t = 0; t < QUERIES; t++) ke[t] = below(s, begin + t + 1);
-    s->seq.n_q = QUERIES;
-    dsa_score_args args = { .n_seqs = 1, .seqs = &s->seq, .q = query + QUERIES * Q, .w = query + QUERIES * (Q + INDEX_Q),
+    int64_t ks[QUERIES], ke[QUERIES];
+    check(dsa_shard_ranges(&p->shard, len, QUERIES, ks, ke));
+    p->seq.n_q = QUERIES;
+    dsa_score_args args = { .n_seqs = 1, .seqs = &p->seq, .q = query + QUERIES * Q, .w = query + QUERIES * (Q + INDEX_Q),
                             .ks = ks, .ke = ke, .workspace = workspace, .workspace_size = sizeof workspace };
     check(dsa_score_select(ctx, &args, &(dsa_selection){ .indices = indices, .scores = scores }));
-    for (int i = 0; i < QUERIES * TOP_K; i++) if (indices[i] >= 0) indices[i] = (int32_t)(s->first + indices[i] * s->every);
+    check(dsa_shard_to_global(&p->shard, QUERIES * TOP_K, indices));
 }
 
 /* The partial over the rows of the lists that lie here; the others are marked as no rows, and skipped. */
-static void shard_attend(const dsa_ctx *ctx, shard *s, const float *query, const int32_t *indices, float *out, float *lse)
+static void piece_attend(const dsa_ctx *ctx, piece *p, const float *query, const int32_t *indices, float *out, float *lse)
 {
     static float max[QUERIES * HEADS], sum[QUERIES * HEADS];
     int32_t local[QUERIES * TOP_K];
-    for (int i = 0; i < QUERIES * TOP_K; i++) {
-        int64_t at = indices[i] - s->first;
-        local[i] = indices[i] < 0 || at % s->every != 0 ? -1 : (int32_t)(at / s->every);
-    }
-    s->seq.n_q = QUERIES;
+    check(dsa_shard_to_local(&p->shard, QUERIES * TOP_K, indices, local));
+    p->seq.n_q = QUERIES;
     dsa_attend_state state = { .n_rows = QUERIES, .max = max, .sum = sum, .out = out };
-    dsa_attend_args args = { .n_seqs = 1, .seqs = &s->seq, .q = query, .what = DSA_ATTEND_LIST, .indices = local,
+    dsa_attend_args args = { .n_seqs = 1, .seqs = &p->seq, .q = query, .what = DSA_ATTEND_LIST, .indices = local,
                              .workspace = workspace, .workspace_size = sizeof workspace };
     check(dsa_attend_begin(ctx, &state));
     check(dsa_attend_add(ctx, &args, &state));
@@ -125,7 +125,7 @@ int main(int argc, char **argv)
     dsa_config config = { .n_heads = HEADS, .dim_latent = LATENT, .dim_rope = ROPE,
                           .n_index_heads = INDEX_HEADS, .dim_index = INDEX_DIM, .top_k = TOP_K };
     dsa_ctx ctx;
-    shard mine, whole;
+    piece mine, whole;
     const size_t n_pairs = QUERIES * TOP_K, n_out = QUERIES * OUT, n_lse = QUERIES * HEADS;
     float *query = get(QUERIES * QUERY * sizeof *query), *merged = get(n_out * sizeof *merged), *judge = get(n_out * sizeof *judge);
     int32_t *list = get(n_pairs * sizeof *list), *lists = get((size_t)n_ranks * n_pairs * sizeof *lists), judge_list[QUERIES * TOP_K];
@@ -142,11 +142,11 @@ int main(int argc, char **argv)
         lse_parts[p] = lses + (size_t)p * n_lse;
     }
     check(dsa_init(&ctx, &config));
-    shard_create(&ctx, &mine, rank, n_ranks, rows + steps * QUERIES);
-    shard_append(&ctx, &mine, 0, rows);
+    piece_create(&ctx, &mine, n_ranks, rank, rows + steps * QUERIES);
+    piece_append(&ctx, &mine, 0, rows);
     if (rank == 0) {
-        shard_create(&ctx, &whole, 0, 1, rows + steps * QUERIES);
-        shard_append(&ctx, &whole, 0, rows);
+        piece_create(&ctx, &whole, 1, 0, rows + steps * QUERIES);
+        piece_append(&ctx, &whole, 0, rows);
     }
 
     uint64_t hash = UINT64_C(14695981039346656037);
@@ -155,25 +155,25 @@ int main(int argc, char **argv)
     for (int64_t step = 0; step < steps; step++, rows += QUERIES) {
         if (rank == 0) make(query, QUERIES * QUERY, 3, (uint64_t)step);
         MPI_Bcast(query, QUERIES * QUERY, MPI_FLOAT, 0, MPI_COMM_WORLD);
-        shard_append(&ctx, &mine, rows, rows + QUERIES);
+        piece_append(&ctx, &mine, rows, rows + QUERIES);
         if (step == steps / 2 && rank == die) raise(SIGKILL);
 
-        shard_select(&ctx, &mine, rows, query, list, score);
+        piece_select(&ctx, &mine, rows + QUERIES, query, list, score);
         MPI_Allgather(list, (int)n_pairs, MPI_INT32_T, lists, (int)n_pairs, MPI_INT32_T, MPI_COMM_WORLD);
         MPI_Allgather(score, (int)n_pairs, MPI_FLOAT, scores, (int)n_pairs, MPI_FLOAT, MPI_COMM_WORLD);
         dsa_merge_topk_args merge = { .n_parts = n_ranks, .k_in = TOP_K, .n_rows = QUERIES, .indices = list_parts, .scores = score_parts,
                                       .workspace = workspace, .workspace_size = sizeof workspace };
         check(dsa_merge_topk(&ctx, &merge, &(dsa_selection){ .indices = list }));
 
-        shard_attend(&ctx, &mine, query, list, out, lse);
+        piece_attend(&ctx, &mine, query, list, out, lse);
         MPI_Gather(out, (int)n_out, MPI_FLOAT, outs, (int)n_out, MPI_FLOAT, 0, MPI_COMM_WORLD);
         MPI_Gather(lse, (int)n_lse, MPI_FLOAT, lses, (int)n_lse, MPI_FLOAT, 0, MPI_COMM_WORLD);
         if (rank != 0) continue;
         check(dsa_attend_merge(&ctx, n_ranks, out_parts, lse_parts, QUERIES, HEADS, LATENT, NULL, merged, NULL));
 
-        shard_append(&ctx, &whole, rows, rows + QUERIES);
-        shard_select(&ctx, &whole, rows, query, judge_list, score);
-        shard_attend(&ctx, &whole, query, judge_list, judge, lse);
+        piece_append(&ctx, &whole, rows, rows + QUERIES);
+        piece_select(&ctx, &whole, rows + QUERIES, query, judge_list, score);
+        piece_attend(&ctx, &whole, query, judge_list, judge, lse);
         for (size_t i = 0; i < n_pairs; i++) {
             wrong += judge_list[i] != list[i];
             hash = (hash ^ (uint32_t)list[i]) * UINT64_C(1099511628211);

@@ -1546,6 +1546,30 @@ static void dsa__expand_latent(dsa_type format, int32_t R, int32_t r, const unsi
     }
 }
 
+/* ---- weights -------------------------------------------------------------------------------- */
+static int64_t dsa__type_bytes(dsa_type type) { return type == DSA_F32 ? 4 : (type == DSA_FP8 ? 1 : 2); }
+
+/* Columns of row `row` of a weight [.., in] as f32. */
+static void dsa__weight_row(const dsa_tensor *w, int64_t row, int64_t in, float *x)
+{
+    const unsigned char *p = (const unsigned char *)w->data + (size_t)(row * in * dsa__type_bytes(w->type));
+    int64_t i;
+    if (w->type == DSA_F32) {
+        memcpy(x, p, 4 * (size_t)in);
+    } else if (w->type == DSA_BF16) {
+        dsa__load_bf16(p, (int32_t)in, x);
+    } else if (w->type == DSA_F16) {
+        for (i = 0; i < in; i++) { uint16_t b; memcpy(&b, p + 2 * i, 2); x[i] = dsa_f16_to_f32(b); }
+    } else {                                             /* FP8: 128 x 128 blocks share a scale, the last ones partial */
+        const unsigned char *scale = (const unsigned char *)w->scale_inv + 4 * (size_t)(row / 128 * ((in + 127) / 128));
+        float s = 0.0f;
+        for (i = 0; i < in; i++) {
+            if (i % 128 == 0) memcpy(&s, scale + i / 128 * 4, 4);
+            x[i] = dsa_e4m3_to_f32(p[i]) * s;
+        }
+    }
+}
+
 static int dsa__is_pow2(int32_t n) { return n > 0 && (n & (n - 1)) == 0; }
 
 /* Butterflies at strides 1, 2, 4, ..: (a, b) -> (a + b, a - b); then times dim^-0.5 (spec 3.2). The first three strides are done
@@ -1902,6 +1926,40 @@ static void dsa__ref_attend(const dsa__attend_shape *s, const void *packed, int3
     }
 }
 
+/* The projections of the layer. A call takes n <= DSA_LAYER_TILE rows of x and rows first .. first + n_out of a weight [.., in]:
+
+       matmul      y[t][o] = Sum_i x[t][i] W[first + o][i]        o < n_out
+       matmul_t    y[t][i] = Sum_o x[t][o] W[first + o][i]        i < in                                                        */
+static int64_t dsa__ref_matmul_bytes(int64_t n, int64_t in) { return 4 * ((in + n) * DSA__LANES + in); }
+
+static void dsa__ref_matmul(int64_t n, int64_t in, int64_t n_out, const float *x, int64_t ldx, const dsa_tensor *w, int64_t first,
+                            float *y, int64_t ldy, void *scratch)
+{
+    float *row = (float *)scratch, *bt = row + in, *c = bt + in * DSA__LANES;
+    int64_t o, i, j, t;
+    for (o = 0; o < n_out; o += DSA__LANES) {
+        int64_t lanes = dsa__min64(DSA__LANES, n_out - o);
+        for (j = 0; j < DSA__LANES; j++) {
+            if (j < lanes) dsa__weight_row(w, first + o + j, in, row);
+            for (i = 0; i < in; i++) bt[i * DSA__LANES + j] = j < lanes ? row[i] : 0.0f;
+        }
+        dsa__ref_dots((int32_t)n, (int32_t)in, x, ldx, bt, c);
+        for (t = 0; t < n; t++) memcpy(y + t * ldy + o, c + t * DSA__LANES, sizeof(float) * (size_t)lanes);
+    }
+}
+
+static void dsa__ref_matmul_t(int64_t n, int64_t in, int64_t n_out, const float *x, int64_t ldx, const dsa_tensor *w, int64_t first,
+                              float *y, int64_t ldy, void *scratch)
+{
+    float *row = (float *)scratch;
+    int64_t o, t;
+    for (t = 0; t < n; t++) memset(y + t * ldy, 0, sizeof(float) * (size_t)in);
+    for (o = 0; o < n_out; o++) {
+        dsa__weight_row(w, first + o, in, row);
+        for (t = 0; t < n; t++) dsa__ref_axpys(1, (int32_t)in, x + t * ldx + o, 1, row, 0, y + t * ldy);
+    }
+}
+
 /* ---- the backward pass's own ----------------------------------------------------------------- */
 /* c[i][j] = c[i][j] + Sum_k a[i][k] b[k][j], k = 0, 1, 2, ..: the one product of >>backward. a has a stride for each index, so that its
    transpose is the same call. Every c[i][j] sees the same operations wherever it lies and however depth is cut. */
@@ -1994,9 +2052,12 @@ typedef struct dsa__kernels {
     size_t (*attend_bytes)(const dsa__attend_shape *s);
     void (*attend)(const dsa__attend_shape *s, const void *packed, int32_t n, int32_t n_ahead, const unsigned char *const *rows,
                    float *max, float *sum, float *out, void *scratch);
-    /* projections */
-    void (*dots)(int32_t n, int32_t dim, const float *a, int64_t lda, const float *bt, float *c);
-    void (*axpys)(int32_t n, int32_t dim, const float *p, int64_t ldp, const float *x, int64_t ldx, float *DSA__RESTRICT y);
+    /* projections: dsa__ref_matmul. One output's bits depend neither on the other outputs nor on the other rows of a call. */
+    int64_t (*matmul_bytes)(int64_t n, int64_t in);
+    void (*matmul)(int64_t n, int64_t in, int64_t n_out, const float *x, int64_t ldx, const dsa_tensor *w, int64_t first,
+                   float *y, int64_t ldy, void *scratch);
+    void (*matmul_t)(int64_t n, int64_t in, int64_t n_out, const float *x, int64_t ldx, const dsa_tensor *w, int64_t first,
+                     float *y, int64_t ldy, void *scratch);
     /* the backward pass: dsa__ref_madd and what follows it. lanes are multiples of 8 */
     void (*madd)(int64_t m, int64_t n, int64_t depth, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t ldb,
                  float *c, int64_t ldc);
@@ -4370,7 +4431,7 @@ static const dsa__kernels dsa__kernels_ref = {
     DSA_ISA_SCALAR,
     dsa__ref_query_round, dsa__ref_query_bytes, dsa__ref_query_pack, dsa__ref_score_bytes, dsa__ref_score,
     dsa__ref_attend_query_bytes, dsa__ref_attend_pack, dsa__ref_attend_bytes, dsa__ref_attend,
-    dsa__ref_dots, dsa__ref_axpys,
+    dsa__ref_matmul_bytes, dsa__ref_matmul, dsa__ref_matmul_t,
     dsa__ref_madd, dsa__ref_weights, dsa__ref_turn, dsa__ref_exps, dsa__ref_fold, dsa__ref_unfold,
     dsa__ref_filter, dsa__ref_count, dsa__ref_keep
 };
@@ -4380,7 +4441,7 @@ static const dsa__kernels dsa__kernels_neon = {
     DSA_ISA_NEON,
     dsa__query_round_f32x8, dsa__query_bytes_neon, dsa__query_pack_neon, dsa__score_bytes_f32x8, dsa__score_neon,
     dsa__attend_query_bytes_f32x8, dsa__attend_pack_f32x8, dsa__attend_bytes_f32x8, dsa__attend_f32x8,
-    dsa__ref_dots, dsa__ref_axpys,
+    dsa__ref_matmul_bytes, dsa__ref_matmul, dsa__ref_matmul_t,
     dsa__madd_f32x8, dsa__weights_f32x8, dsa__turn_f32x8, dsa__exps_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__ref_filter, dsa__ref_count, dsa__ref_keep
 };
@@ -4389,7 +4450,7 @@ static const dsa__kernels dsa__kernels_neon_dot = {
     DSA_ISA_NEON,
     dsa__query_round_f32x8, dsa__query_bytes_neon_dot, dsa__query_pack_neon_dot, dsa__score_bytes_f32x8, dsa__score_neon_dot,
     dsa__attend_query_bytes_f32x8, dsa__attend_pack_f32x8, dsa__attend_bytes_f32x8, dsa__attend_f32x8,
-    dsa__ref_dots, dsa__ref_axpys,
+    dsa__ref_matmul_bytes, dsa__ref_matmul, dsa__ref_matmul_t,
     dsa__madd_f32x8, dsa__weights_f32x8, dsa__turn_f32x8, dsa__exps_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__ref_filter, dsa__ref_count, dsa__ref_keep
 };
@@ -4412,7 +4473,7 @@ static const dsa__kernels dsa__kernels_avx2 = {
     DSA_ISA_AVX2,
     dsa__query_round_f32x8, dsa__query_bytes_avx2, dsa__query_pack_avx2, dsa__score_bytes_f32x8, dsa__score_avx2,
     dsa__attend_query_bytes_f32x8, dsa__attend_pack_f32x8, dsa__attend_bytes_f32x8, dsa__attend_f32x8,
-    dsa__ref_dots, dsa__ref_axpys,
+    dsa__ref_matmul_bytes, dsa__ref_matmul, dsa__ref_matmul_t,
     dsa__madd_f32x8, dsa__weights_f32x8, dsa__turn_f32x8, dsa__exps_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__filter_avx2, dsa__count_avx2, dsa__keep_avx2
 };
@@ -4421,7 +4482,7 @@ static const dsa__kernels dsa__kernels_avx512_base = {
     DSA_ISA_AVX512,
     dsa__query_round_avx512, dsa__query_bytes_avx512f, dsa__query_pack_avx512f, dsa__score_bytes_avx512f, dsa__score_avx512f,
     dsa__attend_query_bytes_avx512f, dsa__attend_pack_avx512f, dsa__attend_bytes_avx512f, dsa__attend_avx512f,
-    dsa__ref_dots, dsa__ref_axpys,
+    dsa__ref_matmul_bytes, dsa__ref_matmul, dsa__ref_matmul_t,
     dsa__madd_f32x8, dsa__weights_f32x8, dsa__turn_f32x8, dsa__exps_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__filter_avx512, dsa__count_avx512, dsa__keep_avx512
 };
@@ -4430,7 +4491,7 @@ static const dsa__kernels dsa__kernels_avx512_vnni = {
     DSA_ISA_AVX512,
     dsa__query_round_avx512, dsa__query_bytes_avx512vnni, dsa__query_pack_avx512vnni, dsa__score_bytes_avx512vnni, dsa__score_avx512vnni,
     dsa__attend_query_bytes_avx512f, dsa__attend_pack_avx512f, dsa__attend_bytes_avx512f, dsa__attend_avx512f,
-    dsa__ref_dots, dsa__ref_axpys,
+    dsa__ref_matmul_bytes, dsa__ref_matmul, dsa__ref_matmul_t,
     dsa__madd_f32x8, dsa__weights_f32x8, dsa__turn_f32x8, dsa__exps_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__filter_avx512, dsa__count_avx512, dsa__keep_avx512
 };
@@ -4439,7 +4500,7 @@ static const dsa__kernels dsa__kernels_avx512 = {
     DSA_ISA_AVX512,
     dsa__query_round_avx512, dsa__query_bytes_avx512, dsa__query_pack_avx512, dsa__score_bytes_avx512, dsa__score_avx512,
     dsa__attend_query_bytes_avx512, dsa__attend_pack_avx512, dsa__attend_bytes_avx512, dsa__attend_avx512,
-    dsa__ref_dots, dsa__ref_axpys,
+    dsa__ref_matmul_bytes, dsa__ref_matmul, dsa__ref_matmul_t,
     dsa__madd_f32x8, dsa__weights_f32x8, dsa__turn_f32x8, dsa__exps_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__filter_avx512_vbmi2, dsa__count_avx512, dsa__keep_avx512
 };
@@ -6240,55 +6301,32 @@ DSA_API dsa_status dsa_step(const dsa_ctx *ctx, const dsa_step_args *a)
 
    The indexer reads the normalised qr (feeding it W_qa x is a known fault, spec 10 #3). */
 
-static int64_t dsa__type_bytes(dsa_type type) { return type == DSA_F32 ? 4 : (type == DSA_FP8 ? 1 : 2); }
-
-/* Columns of row `row` of a weight [.., in] as f32. */
-static void dsa__weight_row(const dsa_tensor *w, int64_t row, int64_t in, float *x)
-{
-    const unsigned char *p = (const unsigned char *)w->data + (size_t)(row * in * dsa__type_bytes(w->type));
-    int64_t i;
-    if (w->type == DSA_F32) {
-        memcpy(x, p, 4 * (size_t)in);
-    } else if (w->type == DSA_BF16) {
-        dsa__load_bf16(p, (int32_t)in, x);
-    } else if (w->type == DSA_F16) {
-        for (i = 0; i < in; i++) { uint16_t b; memcpy(&b, p + 2 * i, 2); x[i] = dsa_f16_to_f32(b); }
-    } else {                                             /* FP8: 128 x 128 blocks share a scale, the last ones partial */
-        const unsigned char *scale = (const unsigned char *)w->scale_inv + 4 * (size_t)(row / 128 * ((in + 127) / 128));
-        float s = 0.0f;
-        for (i = 0; i < in; i++) {
-            if (i % 128 == 0) memcpy(&s, scale + i / 128 * 4, 4);
-            x[i] = dsa_e4m3_to_f32(p[i]) * s;
-        }
-    }
-}
-
-typedef struct dsa__gemm_call {                          /* y[t][o] = Sum_i x[t][i] W[first + o][i] */
+/* y[t][h][o] = Sum_i x[t][h][i] W[first + h rows_per_head + o][i] for heads h, which are one but in the absorbed projections. */
+typedef struct dsa__gemm_call {
     const dsa_ctx *ctx;
     const dsa_tensor *w;
     const float *x;
-    float *y, *scratch;                                  /* scratch: per task [in] + [in, LANES] + [TILE, LANES] */
-    int64_t n, in, n_out, ldx, ldy, first, scratch_stride;
-    /* absorbed projections: one head after the other, rows first + h * rows_per_head of W */
+    float *y;
+    unsigned char *scratch;
+    int64_t scratch_stride;                              /* of a task */
+    int64_t n, in, n_out, ldx, ldy, first;
     int64_t n_heads, rows_per_head, head_x, head_y;
 } dsa__gemm_call;
 
-/* Every n_tasks-th block of LANES output channels, of every head. */
+/* One of n_tasks equal runs of blocks of LANES output channels, head after head: rows of W that lie one after the other. */
 static void dsa__gemm_task(void *arg, int32_t task)
 {
     dsa__gemm_call *g = (dsa__gemm_call *)arg;
-    float *row = g->scratch + task * g->scratch_stride, *bt = row + g->in, *c = bt + g->in * DSA__LANES;
-    int64_t blocks = (g->n_out + DSA__LANES - 1) / DSA__LANES, unit, i, j, t;
-    int32_t n_tasks = (int32_t)dsa__min64(g->ctx->config.n_threads, blocks * g->n_heads);
-    for (unit = task; unit < blocks * g->n_heads; unit += n_tasks) {
-        int64_t head = unit / blocks, o = unit % blocks * DSA__LANES, lanes = dsa__min64(DSA__LANES, g->n_out - o);
-        for (j = 0; j < DSA__LANES; j++) {
-            if (j < lanes) dsa__weight_row(g->w, g->first + head * g->rows_per_head + o + j, g->in, row);
-            for (i = 0; i < g->in; i++) bt[i * DSA__LANES + j] = j < lanes ? row[i] : 0.0f;
-        }
-        g->ctx->kernels->dots((int32_t)g->n, (int32_t)g->in, g->x + head * g->head_x, g->ldx, bt, c);
-        for (t = 0; t < g->n; t++)
-            memcpy(g->y + t * g->ldy + head * g->head_y + o, c + t * DSA__LANES, sizeof(float) * (size_t)lanes);
+    int64_t blocks = (g->n_out + DSA__LANES - 1) / DSA__LANES, units = blocks * g->n_heads, unit, end, head, o, m;
+    int64_t n_tasks = dsa__min64(g->ctx->config.n_threads, units);
+    end = units * (task + 1) / n_tasks;
+    for (unit = units * task / n_tasks; unit < end; unit += m) {
+        head = unit / blocks;
+        o = unit % blocks * DSA__LANES;
+        m = dsa__min64(end - unit, blocks - unit % blocks);
+        g->ctx->kernels->matmul(g->n, g->in, dsa__min64(m * DSA__LANES, g->n_out - o), g->x + head * g->head_x, g->ldx,
+                                g->w, g->first + head * g->rows_per_head + o, g->y + head * g->head_y + o, g->ldy,
+                                g->scratch + (size_t)(task * g->scratch_stride));
     }
 }
 
@@ -6296,18 +6334,10 @@ static void dsa__gemm_task(void *arg, int32_t task)
 static void dsa__gemm_transposed_task(void *arg, int32_t task)
 {
     dsa__gemm_call *g = (dsa__gemm_call *)arg;
-    float *row = g->scratch + task * g->scratch_stride;
-    int64_t head, o, t;
-    int32_t n_tasks = (int32_t)dsa__min64(g->ctx->config.n_threads, g->n_heads);
-    for (head = task; head < g->n_heads; head += n_tasks) {
-        for (t = 0; t < g->n; t++) memset(g->y + t * g->ldy + head * g->head_y, 0, sizeof(float) * (size_t)g->in);
-        for (o = 0; o < g->n_out; o++) {
-            dsa__weight_row(g->w, g->first + head * g->rows_per_head + o, g->in, row);
-            for (t = 0; t < g->n; t++)
-                g->ctx->kernels->axpys(1, (int32_t)g->in, g->x + t * g->ldx + head * g->head_x + o, 1, row, 0,
-                                       g->y + t * g->ldy + head * g->head_y);
-        }
-    }
+    int64_t n_tasks = dsa__min64(g->ctx->config.n_threads, g->n_heads), head = g->n_heads * task / n_tasks;
+    for (; head < g->n_heads * (task + 1) / n_tasks; head++)
+        g->ctx->kernels->matmul_t(g->n, g->in, g->n_out, g->x + head * g->head_x, g->ldx, g->w, g->first + head * g->rows_per_head,
+                                  g->y + head * g->head_y, g->ldy, g->scratch + (size_t)(task * g->scratch_stride));
 }
 
 #define DSA__PANEL 64                                    /* weight rows expanded per call of the GEMM hook */
@@ -6325,8 +6355,9 @@ static void dsa__project(dsa__gemm_call g, const dsa_tensor *w, const float *x, 
     }
     for (o = 0; o < n_out; o += DSA__PANEL) {
         int64_t rows = dsa__min64(DSA__PANEL, n_out - o);
-        for (j = 0; j < rows; j++) dsa__weight_row(w, o + j, in, g.scratch + j * in);
-        f->gemm(f->gemm_user, g.n, rows, in, x, in, g.scratch, in, y + o, n_out);
+        float *panel = (float *)(void *)g.scratch;
+        for (j = 0; j < rows; j++) dsa__weight_row(w, o + j, in, panel + j * in);
+        f->gemm(f->gemm_user, g.n, rows, in, x, in, panel, in, y + o, n_out);
     }
 }
 
@@ -6342,7 +6373,7 @@ typedef struct dsa__layer_call {
     int32_t *indices;                                    /* [n, k] */
     int64_t *positions, *ks, *ke;                        /* [n] */
     dsa_seq *seqs;                                       /* [n] the tile's sequences */
-    float *gemm;
+    unsigned char *gemm;
     int64_t gemm_stride;
     void *shared;                                        /* scoring, then attention */
     size_t shared_size;
@@ -6359,7 +6390,7 @@ static dsa_status dsa__layer_plan(const dsa_ctx *ctx, const dsa_layer_args *a, d
 {
     const dsa_config *f;
     const dsa_layer_weights *w;
-    int64_t n, widest, H;
+    int64_t n, widest, H, gemm_bytes;
     int32_t i, t;
     size_t score_bytes = 0, attend_bytes = 0;
     dsa_status st = dsa__ctx_check(ctx);
@@ -6421,9 +6452,10 @@ static dsa_status dsa__layer_plan(const dsa_ctx *ctx, const dsa_layer_args *a, d
     c->ke        = (int64_t *)dsa__take(arena, n, 1, sizeof(int64_t));
     c->seqs      = (dsa_seq *)dsa__take(arena, n, 1, sizeof(dsa_seq));
     widest = dsa__max64(dsa__max64(f->dim_hidden, f->dim_q_lora), dsa__max64(f->dim_latent, H * f->dim_v));
-    c->gemm_stride = widest * (1 + DSA__LANES) + (int64_t)DSA_LAYER_TILE * DSA__LANES;
-    c->gemm      = (float *)dsa__take(arena, dsa__max64(f->n_threads * c->gemm_stride,
-                                        f->gemm ? DSA__PANEL * widest : 0), 1, sizeof(float));
+    c->gemm_stride = (ctx->kernels->matmul_bytes(n, widest) + 63) & ~INT64_C(63);
+    gemm_bytes = c->gemm_stride * f->n_threads;
+    if (f->gemm) gemm_bytes = dsa__max64(gemm_bytes, DSA__PANEL * widest * (int64_t)sizeof(float));
+    c->gemm      = (unsigned char *)dsa__take(arena, gemm_bytes, 1, 1);
 
     /* What tiles of n rows and of fewer rows than threads need (then the work is cut in another way), any tile needs. */
     for (t = 0; t < 2 && n > 0; t++) {

@@ -35,10 +35,12 @@
      >>ref          the algorithm in plain C: lesson, oracle and fallback
      >>kernels      what a vector ISA may replace
      >>topk         exact selection under a total order
+     >>matmul       the layer's projections: what the vector ISAs share
      >>avx2         AVX2, FMA, F16C: selection, and eight f32 lanes for >>f32x8
      >>neon         eight f32 lanes of AArch64, for >>f32x8
      >>f32x8        scoring and attention in f32, eight lanes at a time
      >>avx512       selection, scoring and attention with AVX-512
+     >>avx512_matmul   the layer's projections with AVX-512
      >>dispatch     the kernel table and its choice
      >>threads      the optional pool
      >>config       defaults, presets, contexts
@@ -239,7 +241,7 @@
                or, DSA_ORDER_RANK, by rank. One order means one answer, whatever the threads, tiles or shards.
      Same bits On one ISA, one row's result does not depend on threads, batch mates, chunking or paging (score, select, attend);
                only a NaN's sign and payload may.
-               Scalar dsa_layer as well; on vector ISAs or with a gemm hook its projections may move by 1e-5 with the chunking.
+               dsa_layer as well, except that a gemm hook's projections may move by 1e-5 with the chunking.
                Work is cut into fixed blocks, so one dsa_attend_add over a list and two over its halves may differ in the last bits.
      Across ISAs, scores differ by the order of their f32 sums: to first order by 2 (D + HI + 2) 2^-24 Sum_h |w_h| Sum_d |q_hd k_d|
                (times s_k) at most; int8 dot products are exact. Attention differs by f32 rounding and, where bf16 is allowed,
@@ -348,6 +350,10 @@
      Hadamard     DeepSeek's code, ik_llama.cpp and SGLang (V3.2) rotate; vLLM and transformers do not. Scores agree up to
                   rounding, stored keys do not: a cache moves between engines only if both do the same.
      k_pe         interleaved pairs, behind the latent. transformers de-interleaves it, ik_llama.cpp puts it in front.
+
+   PROJECTIONS of dsa_layer: f32 products and sums of activations as they are; weights are never copied, whatever their type.
+     On vector ISAs an FP8 block's scale multiplies the activations instead of the weights: x times scale must be a number of f32.
+     A decoding step is limited by reading the weights, a chunk of DSA_LAYER_TILE rows by f32 multiply-adds.
 
    LIMITS
      Positions and lengths up to 2^31 - 1 (indices are int32), as many rows in one call; sizes and offsets are size_t, strides
@@ -1252,6 +1258,7 @@ extern dsa_status dsa_cuda_step(const dsa_ctx *ctx, const dsa_cuda_step_args *ar
 static int32_t dsa__min32(int32_t a, int32_t b) { return a < b ? a : b; }
 static int64_t dsa__min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t dsa__max64(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t dsa__up64(int64_t n) { return (n + 63) & ~INT64_C(63); }                         /* to a multiple of 64 */
 static int64_t dsa__clamp64(int64_t x, int64_t lo, int64_t hi) { return x < lo ? lo : (x > hi ? hi : x); }
 
 DSA__INLINE uint32_t dsa__bits(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
@@ -1546,30 +1553,6 @@ static void dsa__expand_latent(dsa_type format, int32_t R, int32_t r, const unsi
     }
 }
 
-/* ---- weights -------------------------------------------------------------------------------- */
-static int64_t dsa__type_bytes(dsa_type type) { return type == DSA_F32 ? 4 : (type == DSA_FP8 ? 1 : 2); }
-
-/* Columns of row `row` of a weight [.., in] as f32. */
-static void dsa__weight_row(const dsa_tensor *w, int64_t row, int64_t in, float *x)
-{
-    const unsigned char *p = (const unsigned char *)w->data + (size_t)(row * in * dsa__type_bytes(w->type));
-    int64_t i;
-    if (w->type == DSA_F32) {
-        memcpy(x, p, 4 * (size_t)in);
-    } else if (w->type == DSA_BF16) {
-        dsa__load_bf16(p, (int32_t)in, x);
-    } else if (w->type == DSA_F16) {
-        for (i = 0; i < in; i++) { uint16_t b; memcpy(&b, p + 2 * i, 2); x[i] = dsa_f16_to_f32(b); }
-    } else {                                             /* FP8: 128 x 128 blocks share a scale, the last ones partial */
-        const unsigned char *scale = (const unsigned char *)w->scale_inv + 4 * (size_t)(row / 128 * ((in + 127) / 128));
-        float s = 0.0f;
-        for (i = 0; i < in; i++) {
-            if (i % 128 == 0) memcpy(&s, scale + i / 128 * 4, 4);
-            x[i] = dsa_e4m3_to_f32(p[i]) * s;
-        }
-    }
-}
-
 static int dsa__is_pow2(int32_t n) { return n > 0 && (n & (n - 1)) == 0; }
 
 /* Butterflies at strides 1, 2, 4, ..: (a, b) -> (a + b, a - b); then times dim^-0.5 (spec 3.2). The first three strides are done
@@ -1679,6 +1662,45 @@ DSA_API dsa_status dsa_rope_rows(float *x, int64_t n_rows, int64_t row_stride, i
     }
     return DSA_OK;
 }
+
+/* ---- weights -------------------------------------------------------------------------------- */
+static int64_t dsa__type_bytes(dsa_type type) { return type == DSA_F32 ? 4 : (type == DSA_FP8 ? 1 : 2); }
+static float dsa__float_at(const unsigned char *p) { float x; memcpy(&x, p, 4); return x; }
+
+/* Column `col` of row `row` of a weight [.., in]. */
+static const unsigned char *dsa__weight_at(const dsa_tensor *w, int64_t row, int64_t in, int64_t col)
+{
+    return (const unsigned char *)w->data + (size_t)((row * in + col) * dsa__type_bytes(w->type));
+}
+
+/* The scale of its 128 x 128 block, those of the blocks to the right behind it, at any address; NULL: it has none. */
+static const unsigned char *dsa__weight_scales(const dsa_tensor *w, int64_t row, int64_t in, int64_t col)
+{
+    if (w->type != DSA_FP8) return NULL;
+    return (const unsigned char *)w->scale_inv + 4 * (size_t)(row / 128 * ((in + 127) / 128) + col / 128);
+}
+
+/* Columns [at, at + n) of row `row` of a weight [.., in] as f32; for any cut of the row. */
+static void dsa__weight_part(const dsa_tensor *w, int64_t row, int64_t in, int64_t at, int64_t n, float *x)
+{
+    const unsigned char *p = dsa__weight_at(w, row, in, at);
+    float s = 0.0f;
+    int64_t i;
+    if (w->type == DSA_F32) {
+        memcpy(x, p, 4 * (size_t)n);
+    } else if (w->type == DSA_BF16) {
+        dsa__load_bf16(p, (int32_t)n, x);
+    } else if (w->type == DSA_F16) {
+        for (i = 0; i < n; i++) { uint16_t b; memcpy(&b, p + 2 * i, 2); x[i] = dsa_f16_to_f32(b); }
+    } else {
+        for (i = 0; i < n; i++) {
+            if (i == 0 || (at + i) % 128 == 0) s = dsa__float_at(dsa__weight_scales(w, row, in, at + i));
+            x[i] = dsa__e4m3_value(p[i]) * s;
+        }
+    }
+}
+
+static void dsa__weight_row(const dsa_tensor *w, int64_t row, int64_t in, float *x) { dsa__weight_part(w, row, in, 0, in, x); }
 
 /* ============================================================================================
    >>ref                                      the algorithm in plain C: lesson, oracle and fallback
@@ -1930,7 +1952,10 @@ static void dsa__ref_attend(const dsa__attend_shape *s, const void *packed, int3
 
        matmul      y[t][o] = Sum_i x[t][i] W[first + o][i]        o < n_out
        matmul_t    y[t][i] = Sum_o x[t][o] W[first + o][i]        i < in                                                        */
-static int64_t dsa__ref_matmul_bytes(int64_t n, int64_t in) { return 4 * ((in + n) * DSA__LANES + in); }
+static int64_t dsa__ref_matmul_bytes(int64_t n, int64_t in, int64_t in_t)
+{
+    return 4 * dsa__max64((in + n) * DSA__LANES + in, in_t);
+}
 
 static void dsa__ref_matmul(int64_t n, int64_t in, int64_t n_out, const float *x, int64_t ldx, const dsa_tensor *w, int64_t first,
                             float *y, int64_t ldy, void *scratch)
@@ -2053,7 +2078,7 @@ typedef struct dsa__kernels {
     void (*attend)(const dsa__attend_shape *s, const void *packed, int32_t n, int32_t n_ahead, const unsigned char *const *rows,
                    float *max, float *sum, float *out, void *scratch);
     /* projections: dsa__ref_matmul. One output's bits depend neither on the other outputs nor on the other rows of a call. */
-    int64_t (*matmul_bytes)(int64_t n, int64_t in);
+    int64_t (*matmul_bytes)(int64_t n, int64_t in, int64_t in_t);            /* of scratch, for matmul [.., in] and matmul_t [.., in_t] */
     void (*matmul)(int64_t n, int64_t in, int64_t n_out, const float *x, int64_t ldx, const dsa_tensor *w, int64_t first,
                    float *y, int64_t ldy, void *scratch);
     void (*matmul_t)(int64_t n, int64_t in, int64_t n_out, const float *x, int64_t ldx, const dsa_tensor *w, int64_t first,
@@ -2362,6 +2387,170 @@ static void dsa__topk_take(dsa__arena *a, const dsa__kernels *kernels, int64_t k
 }
 
 /* ============================================================================================
+   >>matmul                                   the layer's projections: what the vector ISAs share
+   ============================================================================================
+   Lanes lie along the columns of W: lane l of an output's sum takes vector after vector of the columns, each in one fma, and the
+   lanes are added last, in a fixed tree. Decoding needs it so, since W must be read in the order of memory; a chunk of rows does it
+   the same way, in register tiles of 4 outputs x `tall` rows of x, because then an output's bits do not depend on how many rows
+   share a call. It costs a chunk little: a tile of 4 x 6 does 24 fma on 10 loads, and adding the lanes is 1 to 10 % of the fma.
+
+   One row reads W straight into its sums. More rows share an expansion of 4 outputs x 512 columns to f32, in L1 while all rows of
+   x pass over it. Between passes over the columns the sums wait in L2, lanes apart.
+
+   FP8 weights are expanded to their e4m3 values, and x is multiplied by the block's scale instead, once for 128 outputs: no work
+   per weight, one rounding per term as for W. So x times a scale must be a number that f32 can hold.
+
+   matmul_t has the columns of W as outputs: plain sums in the order of the rows, in tiles of 6 rows of x and 64 columns. */
+#if defined(DSA__X86) || defined(DSA__ARM)
+#define DSA__MATMUL_K 512                                /* columns in a pass; a multiple of 128 */
+#define DSA__MATMUL_OUT 128                              /* outputs in a pass: rows of W that share scales */
+#define DSA__MATMUL_ROWS 32                              /* rows of W in a pass of matmul_t, */
+#define DSA__MATMUL_TALL 6                               /* and of x in a tile of it */
+
+/* What is about registers. A vector is `lanes` f32s. 64 columns are 64 / lanes vectors, in an order that is the ISA's and the
+   type's own: the columns are dealt out to them. */
+typedef struct dsa__matmul_isa {
+    int32_t lanes, tall;
+    /* x [n] times its scales (f32 at any address, one per 128 columns; NULL: 1), dealt out, and zeros up to a multiple of 64.
+       Vector v goes to to + v * stride. */
+    void (*deal)(dsa_type type, int64_t n, const float *x, const unsigned char *scale, float *to, int64_t stride);
+    /* n columns of 4 rows of W likewise: vector v of row r goes to to + r * row_stride + v * stride. */
+    void (*expand)(dsa_type type, int64_t n, const unsigned char *const *rows, float *to, int64_t row_stride, int64_t stride);
+    /* y[o] = <W[o], x> for n_out rows of W at w and x dealt out. */
+    void (*dots)(dsa_type type, int64_t in, int64_t n_out, const unsigned char *w, const float *x, float *y);
+    /* c[t][o] (+)= Sum of `steps` vectors w[s][o] x[s][t], rows t < tall, 4 outputs o. first: c starts at 0. last: the lanes are
+       added, and n_out <= 4 outputs go to y [t, ldy]. */
+    void (*tile)(int32_t tall, int64_t steps, const float *w, const float *x, float *c, int first, int last,
+                 int64_t n_out, float *y, int64_t ldy);
+    /* c[t][0..64) += Sum_o a[t][o] w[o][0..64), o < n one after the other, rows t < `tall` <= 6. */
+    void (*tile_t)(int32_t tall, int64_t n, const float *a, int64_t lda, const float *w, int64_t ldw, float *c, int64_t ldc);
+    /* c += x[0] W[0] + x[1] W[1] + .. for one row of x and `rows` rows of W that share their scales, each in one fma as in tile_t. */
+    void (*axpys)(dsa_type type, int64_t in, int64_t rows, const unsigned char *w, const float *x, const unsigned char *scale, float *c);
+    /* n columns back in their order: y [n] from what deal would make of it. */
+    void (*undeal)(dsa_type type, int64_t n, const float *x, float *y);
+} dsa__matmul_isa;
+
+static int64_t dsa__matmul_bytes(int64_t n, int64_t in, int64_t in_t)
+{
+    int64_t one = dsa__up64(in), more = (n + 4) * DSA__MATMUL_K + n * DSA__MATMUL_OUT * 16;
+    int64_t back = n * dsa__up64(in_t) + (DSA__MATMUL_ROWS + 3) * DSA__MATMUL_K + n * DSA__MATMUL_ROWS;
+    return 4 * dsa__max64(back, n > 1 ? dsa__max64(one, more) : one);
+}
+
+/* 4 rows of W from column `col`; behind the last row the last again. */
+static void dsa__weight_rows4(const dsa_tensor *w, int64_t row, int64_t rows, int64_t in, int64_t col, const unsigned char **p)
+{
+    int64_t r;
+    for (r = 0; r < 4; r++) p[r] = dsa__weight_at(w, row + dsa__min64(r, rows - 1), in, col);
+}
+
+/* A line of L2 for each 64 of `bytes` bytes, `ahead` of p: that may lie behind the weight. Inline, because gcc drops calls of a
+   function that does nothing but prefetch. */
+DSA__INLINE void dsa__ask(const unsigned char *p, int64_t ahead, int64_t bytes)
+{
+    int64_t i;
+    for (i = 0; i < bytes; i += 64) __builtin_prefetch((const void *)((uintptr_t)p + (uintptr_t)(ahead + i)), 0, 2);
+}
+
+/* F for one type of weights, a constant in each branch: what the type does not need leaves no trace in the code. */
+#define DSA__BY_WEIGHT(F, ...)                                                                                                      \
+    if (type == DSA_F32)       F(DSA_F32, __VA_ARGS__);                                                                             \
+    else if (type == DSA_BF16) F(DSA_BF16, __VA_ARGS__);                                                                            \
+    else if (type == DSA_F16)  F(DSA_F16, __VA_ARGS__);                                                                             \
+    else                       F(DSA_FP8, __VA_ARGS__);
+
+/* n > 1 rows of x, and rows first .. first + rows of W, which share their scales. */
+static void dsa__matmul_block(const dsa__matmul_isa *isa, int64_t n, int64_t in, int64_t rows, const float *x, int64_t ldx,
+                              const dsa_tensor *w, int64_t first, float *y, int64_t ldy, void *scratch)
+{
+    const int64_t groups = (n + isa->tall - 1) / isa->tall, size = dsa__type_bytes(w->type);
+    float *xs = (float *)scratch, *panel = xs + n * DSA__MATMUL_K, *sums = panel + 4 * DSA__MATMUL_K;
+    int64_t k, kn, q, g, t, t0, tall, r;
+    for (k = 0; k < in; k += kn) {
+        kn = dsa__min64(DSA__MATMUL_K, in - k);
+        for (g = 0; g < groups; g++) {                   /* equal groups of at most `tall` rows, each with its vectors side by side */
+            t0 = n * g / groups;
+            tall = n * (g + 1) / groups - t0;
+            for (t = 0; t < tall; t++)
+                isa->deal(w->type, kn, x + (t0 + t) * ldx + k, dsa__weight_scales(w, first, in, k),
+                          xs + t0 * DSA__MATMUL_K + t * isa->lanes, tall * isa->lanes);
+        }
+        for (q = 0; q < rows; q += 4) {
+            const unsigned char *p[4], *next[4];
+            int64_t ahead = q + 4 < rows ? kn : dsa__min64(DSA__MATMUL_K, in - k - kn);
+            dsa__weight_rows4(w, first + q, rows - q, in, k, p);
+            if (q + 4 < rows) dsa__weight_rows4(w, first + q + 4, rows - q - 4, in, k, next);
+            else dsa__weight_rows4(w, first, rows, in, k + kn, next);
+            isa->expand(w->type, kn, p, panel, isa->lanes, 4 * isa->lanes);
+            for (g = 0; g < groups; g++) {
+                t0 = n * g / groups;
+                tall = n * (g + 1) / groups - t0;
+                for (r = 0; r < 4; r++)                  /* W's next columns come to L2 while these are multiplied */
+                    dsa__ask(next[r], ahead * size * g / groups, ahead * size / groups);
+                isa->tile((int32_t)tall, dsa__up64(kn) / isa->lanes, panel, xs + t0 * DSA__MATMUL_K, sums + (q * n + 4 * t0) * isa->lanes,
+                          k == 0, k + kn == in, dsa__min64(4, rows - q), y + t0 * ldy + q, ldy);
+            }
+        }
+    }
+}
+
+static void dsa__matmul_vector(const dsa__matmul_isa *isa, int64_t n, int64_t in, int64_t n_out, const float *x, int64_t ldx,
+                               const dsa_tensor *w, int64_t first, float *y, int64_t ldy, void *scratch)
+{
+    int64_t o, rows;
+    for (o = 0; o < n_out; o += rows) {
+        rows = n_out - o;
+        if (n > 1 || w->type == DSA_FP8) rows = dsa__min64(rows, DSA__MATMUL_OUT - (first + o) % DSA__MATMUL_OUT);
+        if (n > 1) {
+            dsa__matmul_block(isa, n, in, rows, x, ldx, w, first + o, y + o, ldy, scratch);
+        } else {
+            if (o == 0 || w->type == DSA_FP8)
+                isa->deal(w->type, in, x, dsa__weight_scales(w, first + o, in, 0), (float *)scratch, isa->lanes);
+            isa->dots(w->type, in, rows, dsa__weight_at(w, first + o, in, 0), (const float *)scratch, y + o);
+        }
+    }
+}
+
+static void dsa__matmul_t_vector(const dsa__matmul_isa *isa, int64_t n, int64_t in, int64_t n_out, const float *x, int64_t ldx,
+                                 const dsa_tensor *w, int64_t first, float *y, int64_t ldy, void *scratch)
+{
+    const int64_t wide = dsa__up64(in), groups = (n + DSA__MATMUL_TALL - 1) / DSA__MATMUL_TALL;
+    float *sums = (float *)scratch, *panel = sums + n * wide, *xs = panel + (DSA__MATMUL_ROWS + 3) * DSA__MATMUL_K;
+    int64_t o, rows, k, kn, b, c, g, t, t0, r;
+    memset(sums, 0, sizeof(float) * (size_t)(n * wide));
+    for (o = 0; o < n_out; o += rows) {
+        rows = dsa__min64(dsa__min64(n_out - o, n > 1 ? DSA__MATMUL_ROWS : n_out), DSA__MATMUL_OUT - (first + o) % DSA__MATMUL_OUT);
+        if (n == 1) {
+            isa->axpys(w->type, in, rows, dsa__weight_at(w, first + o, in, 0), x + o, dsa__weight_scales(w, first + o, in, 0), sums);
+            continue;
+        }
+        for (k = 0; k < in; k += kn) {
+            kn = dsa__min64(DSA__MATMUL_K, in - k);
+            for (r = 0; r < rows; r += 4) {
+                const unsigned char *p[4];
+                dsa__weight_rows4(w, first + o + r, rows - r, in, k, p);
+                isa->expand(w->type, kn, p, panel + r * DSA__MATMUL_K, DSA__MATMUL_K, isa->lanes);
+            }
+            for (b = 0; b < kn; b += 128) {              /* columns that share a scale */
+                const unsigned char *scale = dsa__weight_scales(w, first + o, in, k + b);
+                const float s = scale ? dsa__float_at(scale) : 1.0f;
+                for (t = 0; t < n; t++)
+                    for (r = 0; r < rows; r++) xs[t * DSA__MATMUL_ROWS + r] = x[t * ldx + o + r] * s;
+                for (g = 0; g < groups; g++) {
+                    t0 = n * g / groups;
+                    t = n * (g + 1) / groups - t0;
+                    for (c = b; c < dsa__min64(b + 128, kn); c += 64)
+                        isa->tile_t((int32_t)t, rows, xs + t0 * DSA__MATMUL_ROWS, DSA__MATMUL_ROWS, panel + c, DSA__MATMUL_K,
+                                    sums + t0 * wide + k + c, wide);
+                }
+            }
+        }
+    }
+    for (t = 0; t < n; t++) isa->undeal(w->type, in, sums + t * wide, y + t * ldy);
+}
+#endif
+
+/* ============================================================================================
    >>avx2                                     AVX2, FMA, F16C: selection, and eight f32 lanes for >>f32x8
    ============================================================================================ */
 #if defined(DSA__X86)
@@ -2468,7 +2657,7 @@ DSA__F32X8_INLINE dsa__f32x8 dsa__scale8(dsa__f32x8 x, dsa__f32x8 t)
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_castps_si256(t), 23)));
 }
 
-/* 16 values of a cache row as f32, unscaled. */
+/* 16 values of a cache row or a weight as f32, unscaled. */
 DSA__F32X8_INLINE void dsa__widen16(dsa_type format, const unsigned char *x, dsa__f32x8 *lo, dsa__f32x8 *hi)
 {
     if (format == DSA_F32) {
@@ -2477,6 +2666,9 @@ DSA__F32X8_INLINE void dsa__widen16(dsa_type format, const unsigned char *x, dsa
     } else if (format == DSA_BF16) {
         *lo = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)x)), 16));
         *hi = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(x + 16))), 16));
+    } else if (format == DSA_F16) {
+        *lo = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)x));
+        *hi = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(x + 16)));
     } else if (format == DSA_INT8) {
         __m128i b = _mm_loadu_si128((const __m128i *)(const void *)x);
         *lo = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b));
@@ -2677,7 +2869,7 @@ DSA__F32X8_INLINE dsa__f32x8 dsa__widen_e4m3_neon(int8x8_t x)
     return dsa__pair8(vmulq_n_f32(vcvt_f32_f16(vget_low_f16(y)), 256.0f), vmulq_n_f32(vcvt_high_f32_f16(y), 256.0f));
 }
 
-/* 16 values of a cache row as f32, unscaled. */
+/* 16 values of a cache row or a weight as f32, unscaled. */
 DSA__F32X8_INLINE void dsa__widen16(dsa_type format, const unsigned char *x, dsa__f32x8 *lo, dsa__f32x8 *hi)
 {
     uint8x16_t b = vld1q_u8(x);
@@ -2688,6 +2880,10 @@ DSA__F32X8_INLINE void dsa__widen16(dsa_type format, const unsigned char *x, dsa
         uint16x8_t y = vreinterpretq_u16_u8(b), z = vreinterpretq_u16_u8(vld1q_u8(x + 16));
         *lo = dsa__pair8(dsa__mask4(vshll_n_u16(vget_low_u16(y), 16)), dsa__mask4(vshll_high_n_u16(y, 16)));
         *hi = dsa__pair8(dsa__mask4(vshll_n_u16(vget_low_u16(z), 16)), dsa__mask4(vshll_high_n_u16(z, 16)));
+    } else if (format == DSA_F16) {
+        float16x8_t y = vreinterpretq_f16_u8(b), z = vreinterpretq_f16_u8(vld1q_u8(x + 16));
+        *lo = dsa__pair8(vcvt_f32_f16(vget_low_f16(y)), vcvt_high_f32_f16(y));
+        *hi = dsa__pair8(vcvt_f32_f16(vget_low_f16(z)), vcvt_high_f32_f16(z));
     } else if (format == DSA_INT8) {
         int16x8_t y = vmovl_s8(vreinterpret_s8_u8(vget_low_u8(b))), z = vmovl_high_s8(vreinterpretq_s8_u8(b));
         *lo = dsa__pair8(vcvtq_f32_s32(vmovl_s16(vget_low_s16(y))), vcvtq_f32_s32(vmovl_high_s16(y)));
@@ -3305,6 +3501,203 @@ static DSA__F32X8 void dsa__unfold_f32x8(int32_t n, int32_t lanes, const float *
         }
         dsa__store8(dw + h, sum);
     }
+}
+
+/* ---- projections: dsa__matmul_isa. All types keep the order of the columns. ---------------------- */
+static DSA__F32X8 void dsa__matmul_deal_f32x8(dsa_type type, int64_t n, const float *x, const unsigned char *scale, float *to,
+                                              int64_t stride)
+{
+    float s = 1.0f, tail[8] = {0};
+    int64_t i;
+    (void)type;
+    for (i = 0; i < dsa__up64(n); i += 8, to += stride) {
+        if (scale && i % 128 == 0) s = dsa__float_at(scale + i / 128 * 4);
+        if (i + 8 <= n) {
+            dsa__store8(to, dsa__mul8(dsa__load8(x + i), dsa__set8(s)));
+        } else {
+            memset(tail, 0, sizeof tail);
+            if (i < n) memcpy(tail, x + i, sizeof(float) * (size_t)(n - i));
+            dsa__store8(to, dsa__mul8(dsa__load8(tail), dsa__set8(s)));
+        }
+    }
+}
+
+static void dsa__matmul_undeal_f32x8(dsa_type type, int64_t n, const float *x, float *y)
+{
+    (void)type;
+    memcpy(y, x, sizeof(float) * (size_t)n);
+}
+
+/* The last columns of 4 rows with zeros behind them: 64 of each. */
+static void dsa__matmul_tails_f32x8(int64_t bytes, const unsigned char *const *rows, int64_t at, unsigned char tail[4][256])
+{
+    int32_t r;
+    memset(tail, 0, 4 * 256);
+    for (r = 0; r < 4; r++) memcpy(tail[r], rows[r] + at, (size_t)bytes);
+}
+
+DSA__F32X8_INLINE void dsa__matmul_expand_as_f32x8(dsa_type type, int64_t n, const unsigned char *const *rows, float *to,
+                                                   int64_t row_stride, int64_t stride)
+{
+    const int64_t size = dsa__type_bytes(type), whole = n & ~INT64_C(63);
+    unsigned char tail[4][256];
+    dsa__f32x8 lo, hi;
+    int64_t i;
+    int32_t r;
+    if (n > whole) dsa__matmul_tails_f32x8((n - whole) * size, rows, whole * size, tail);
+    for (r = 0; r < 4; r++) {
+        float *t = to + r * row_stride;
+        for (i = 0; i < dsa__up64(n); i += 16, t += 2 * stride) {
+            dsa__widen16(type, i < whole ? rows[r] + i * size : tail[r] + (i - whole) * size, &lo, &hi);
+            dsa__store8(t, lo);
+            dsa__store8(t + stride, hi);
+        }
+    }
+}
+
+static DSA__F32X8 void dsa__matmul_expand_f32x8(dsa_type type, int64_t n, const unsigned char *const *rows, float *to,
+                                                int64_t row_stride, int64_t stride)
+{
+    DSA__BY_WEIGHT(dsa__matmul_expand_as_f32x8, n, rows, to, row_stride, stride)
+}
+
+/* Four runs of rows at a time: streams that the prefetchers can follow. A run that is shorter does its last row again. */
+DSA__F32X8_INLINE void dsa__matmul_dots_as_f32x8(dsa_type type, int64_t in, int64_t n_out, const unsigned char *w, const float *x, float *y)
+{
+    const int64_t size = dsa__type_bytes(type), whole = in & ~INT64_C(63), runs = (n_out + 3) / 4;
+    unsigned char tail[4][256];
+    float lanes[64], sums[8];
+    int64_t o, i, row[4];
+    int32_t r;
+    memset(lanes, 0, sizeof lanes);
+    for (o = 0; o < runs; o++) {
+        const unsigned char *p[4];
+        dsa__f32x8 s0, s1, s2, s3, u, v, lo, hi;
+        for (r = 0; r < 4; r++) {
+            row[r] = dsa__min64(o + r * runs, n_out - 1);
+            p[r] = w + (size_t)(row[r] * in * size);
+        }
+        s0 = s1 = s2 = s3 = dsa__set8(0.0f);
+#define DSA__ROW(r, P) dsa__widen16(type, P, &lo, &hi); s##r = dsa__fma8(lo, u, s##r); s##r = dsa__fma8(hi, v, s##r);
+        for (i = 0; i < whole; i += 16) {
+            u = dsa__load8(x + i);
+            v = dsa__load8(x + i + 8);
+            DSA__ROW(0, p[0] + i * size) DSA__ROW(1, p[1] + i * size) DSA__ROW(2, p[2] + i * size) DSA__ROW(3, p[3] + i * size)
+        }
+        if (in > whole) dsa__matmul_tails_f32x8((in - whole) * size, p, whole * size, tail);
+        for (; i < dsa__up64(in); i += 16) {
+            const int64_t at = (i - whole) * size;
+            u = dsa__load8(x + i);
+            v = dsa__load8(x + i + 8);
+            DSA__ROW(0, tail[0] + at) DSA__ROW(1, tail[1] + at) DSA__ROW(2, tail[2] + at) DSA__ROW(3, tail[3] + at)
+        }
+#undef DSA__ROW
+        dsa__store8(lanes, s0);
+        dsa__store8(lanes + 8, s1);
+        dsa__store8(lanes + 16, s2);
+        dsa__store8(lanes + 24, s3);
+        dsa__store8(sums, dsa__sums8(lanes));
+        for (r = 0; r < 4; r++) y[row[r]] = sums[r];
+    }
+}
+
+static DSA__F32X8 void dsa__matmul_dots_f32x8(dsa_type type, int64_t in, int64_t n_out, const unsigned char *w, const float *x, float *y)
+{
+    DSA__BY_WEIGHT(dsa__matmul_dots_as_f32x8, in, n_out, w, x, y)
+}
+
+/* Up to 3 rows: 4 x 3 sums, 3 vectors of x and one of W are the 16 registers of AVX2, and the 32 of NEON. */
+DSA__F32X8_INLINE void dsa__matmul_tile_as_f32x8(const int32_t tall, int64_t steps, const float *w, const float *x, float *c,
+                                                 int first, int last, int64_t n_out, float *y, int64_t ldy)
+{
+    dsa__f32x8 a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, u, v0, v1, v2;
+    float lanes[64], sums[8], *to;
+    int64_t o;
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = v1 = v2 = dsa__set8(0.0f);
+#define DSA__ROW(s, t) s##0 = dsa__load8(c + 32 * t); s##1 = dsa__load8(c + 32 * t + 8); \
+                       s##2 = dsa__load8(c + 32 * t + 16); s##3 = dsa__load8(c + 32 * t + 24);
+    if (!first) {
+        DSA__ROW(a, 0)
+        if (tall > 1) { DSA__ROW(b, 1) }
+        if (tall > 2) { DSA__ROW(c, 2) }
+    }
+#undef DSA__ROW
+#define DSA__OUTPUT(o) u = dsa__load8(w + 8 * o); a##o = dsa__fma8(u, v0, a##o); \
+                       if (tall > 1) { b##o = dsa__fma8(u, v1, b##o); } if (tall > 2) { c##o = dsa__fma8(u, v2, c##o); }
+    for (; steps > 0; steps--, w += 32, x += 8 * tall) {
+        v0 = dsa__load8(x);
+        if (tall > 1) v1 = dsa__load8(x + 8);
+        if (tall > 2) v2 = dsa__load8(x + 16);
+        DSA__OUTPUT(0) DSA__OUTPUT(1) DSA__OUTPUT(2) DSA__OUTPUT(3)
+    }
+#undef DSA__OUTPUT
+#define DSA__ROW(s, t) \
+    to = last ? lanes : c + 32 * t; \
+    dsa__store8(to, s##0); dsa__store8(to + 8, s##1); dsa__store8(to + 16, s##2); dsa__store8(to + 24, s##3); \
+    if (last) { dsa__store8(sums, dsa__sums8(lanes)); for (o = 0; o < n_out; o++) y[t * ldy + o] = sums[o]; }
+    memset(lanes, 0, sizeof lanes);
+    DSA__ROW(a, 0)
+    if (tall > 1) { DSA__ROW(b, 1) }
+    if (tall > 2) { DSA__ROW(c, 2) }
+#undef DSA__ROW
+}
+
+static DSA__F32X8 void dsa__matmul_tile_f32x8(int32_t tall, int64_t steps, const float *w, const float *x, float *c, int first, int last,
+                                              int64_t n_out, float *y, int64_t ldy)
+{
+    if (tall == 1)      dsa__matmul_tile_as_f32x8(1, steps, w, x, c, first, last, n_out, y, ldy);
+    else if (tall == 2) dsa__matmul_tile_as_f32x8(2, steps, w, x, c, first, last, n_out, y, ldy);
+    else                dsa__matmul_tile_as_f32x8(3, steps, w, x, c, first, last, n_out, y, ldy);
+}
+
+static DSA__F32X8 void dsa__matmul_tile_t_f32x8(int32_t tall, int64_t n, const float *a, int64_t lda, const float *w, int64_t ldw,
+                                                float *c, int64_t ldc)
+{
+    dsa__madd_f32x8(tall, 64, n, a, lda, 1, w, ldw, c, ldc);
+}
+
+/* One row at a time: see >>avx512_matmul. */
+DSA__F32X8_INLINE void dsa__matmul_axpys_as_f32x8(dsa_type type, int64_t in, int64_t rows, const unsigned char *w, const float *x,
+                                                  const unsigned char *scale, float *c)
+{
+    const int64_t size = dsa__type_bytes(type), whole = in & ~INT64_C(63);
+    unsigned char tail[256];
+    int64_t o, i;
+    memset(tail, 0, sizeof tail);
+    for (o = 0; o < rows; o++, w += in * size) {
+        dsa__f32x8 a = dsa__set8(x[o]), lo, hi;
+        if (in > whole) memcpy(tail, w + whole * size, (size_t)((in - whole) * size));
+        for (i = 0; i < dsa__up64(in); i += 16) {
+            if (scale && i % 128 == 0) a = dsa__set8(x[o] * dsa__float_at(scale + i / 128 * 4));
+            if (i * size % 64 == 0) dsa__ask(w + i * size, 16 * in * size, 64);
+            dsa__widen16(type, i < whole ? w + i * size : tail + (i - whole) * size, &lo, &hi);
+            dsa__store8(c + i, dsa__fma8(a, lo, dsa__load8(c + i)));
+            dsa__store8(c + i + 8, dsa__fma8(a, hi, dsa__load8(c + i + 8)));
+        }
+    }
+}
+
+static DSA__F32X8 void dsa__matmul_axpys_f32x8(dsa_type type, int64_t in, int64_t rows, const unsigned char *w, const float *x,
+                                               const unsigned char *scale, float *c)
+{
+    DSA__BY_WEIGHT(dsa__matmul_axpys_as_f32x8, in, rows, w, x, scale, c)
+}
+
+static const dsa__matmul_isa dsa__matmul_isa_f32x8 = {
+    8, 3, dsa__matmul_deal_f32x8, dsa__matmul_expand_f32x8, dsa__matmul_dots_f32x8, dsa__matmul_tile_f32x8,
+    dsa__matmul_tile_t_f32x8, dsa__matmul_axpys_f32x8, dsa__matmul_undeal_f32x8
+};
+
+static void dsa__matmul_f32x8(int64_t n, int64_t in, int64_t n_out, const float *x, int64_t ldx, const dsa_tensor *w, int64_t first,
+                              float *y, int64_t ldy, void *scratch)
+{
+    dsa__matmul_vector(&dsa__matmul_isa_f32x8, n, in, n_out, x, ldx, w, first, y, ldy, scratch);
+}
+
+static void dsa__matmul_t_f32x8(int64_t n, int64_t in, int64_t n_out, const float *x, int64_t ldx, const dsa_tensor *w, int64_t first,
+                                float *y, int64_t ldy, void *scratch)
+{
+    dsa__matmul_t_vector(&dsa__matmul_isa_f32x8, n, in, n_out, x, ldx, w, first, y, ldy, scratch);
 }
 #endif
 
@@ -4423,6 +4816,349 @@ DSA__ATTEND_ENTRIES(avx512, !s->exact)
 #endif
 
 /* ============================================================================================
+   >>avx512_matmul                            the layer's projections with AVX-512
+   ============================================================================================
+   What >>matmul asks of an ISA. e4m3 is dealt out 32 columns at a time, even before odd, as two of them in a word become two f32 by
+   a shift and a mask; all else keeps its order. So an FP8 weight's sums differ from those of the same weight in f32 in their order. */
+#if defined(DSA__X86)
+#if !defined(__clang__)                      /* as in >>avx512 */
+#  pragma GCC diagnostic push
+#  pragma GCC diagnostic ignored "-Wuninitialized"
+#  pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+/* With VBMI: the bytes of a bf16, which holds every e4m3, are looked up among 128 each. */
+typedef struct dsa__e4m3_tables { __m512i low[2], high[2], order; } dsa__e4m3_tables;
+
+DSA__INLINE DSA__AVX512_FP8 void dsa__e4m3_tables_vbmi(dsa__e4m3_tables *t)
+{
+    const __m512i bytes = _mm512_set_epi64(0x3F3E3D3C3B3A3938, 0x3736353433323130, 0x2F2E2D2C2B2A2928, 0x2726252423222120,
+                                           0x1F1E1D1C1B1A1918, 0x1716151413121110, 0x0F0E0D0C0B0A0908, 0x0706050403020100);
+    int i;
+    DSA__UNROLL for (i = 0; i < 2; i++) {                /* bf16 of eeeemmm is 0eeeemmm0000 + (120 << 7) */
+        __m512i code = _mm512_add_epi8(bytes, _mm512_set1_epi8((char)(64 * i)));
+        t->low[i] = _mm512_and_si512(_mm512_slli_epi16(code, 4), _mm512_set1_epi8((char)0xF0));
+        t->high[i] = _mm512_add_epi8(_mm512_and_si512(_mm512_srli_epi16(code, 4), _mm512_set1_epi8(0x0F)), _mm512_set1_epi8(0x3C));
+    }
+    /* but 0, the subnormals 1 .. 7 times 2^-9, and NaN */
+    t->low[0] = _mm512_mask_set1_epi64(t->low[0], 1, 0x60402000C0800000);
+    t->high[0] = _mm512_mask_set1_epi64(t->high[0], 1, 0x3C3C3C3C3B3B3B00);
+    t->low[1] = _mm512_mask_set1_epi8(t->low[1], UINT64_C(1) << 63, (char)0xC0);
+    t->high[1] = _mm512_mask_set1_epi8(t->high[1], UINT64_C(1) << 63, 0x7F);
+    t->order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+}
+
+/* Without: nothing to look up. */
+DSA__INLINE DSA__AVX512 void dsa__e4m3_tables_f16(dsa__e4m3_tables *t) { (void)t; }
+
+/* 64 columns of a row of W, those from `left` on 0, as four vectors. */
+DSA__INLINE DSA__AVX512 void dsa__widen64_f16(dsa_type type, const dsa__e4m3_tables *t, const unsigned char *p, int64_t left, __m512 *v)
+{
+    int j;
+    (void)t;
+    if (type == DSA_FP8) {
+        /* e4m3 seeeemmm becomes the f16 s0eeeemmm0000000, 2^-8 of it, as in >>avx2. A product or an arithmetic shift brings the bits
+           there, and a NaN's all-ones are carried into the exponent. */
+        __m512i b = left >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(dsa__first_bits(left), p), h[2];
+        h[0] = _mm512_maddubs_epi16(_mm512_set1_epi16(128), b);                  /* even bytes */
+        h[1] = _mm512_srai_epi16(b, 1);                                          /* odd bytes */
+        DSA__UNROLL for (j = 0; j < 2; j++) {
+            __m512i nan = _mm512_add_epi16(_mm512_and_si512(h[j], _mm512_set1_epi16(0x3F80)), _mm512_set1_epi16(0x0080));
+            h[j] = _mm512_ternarylogic_epi32(_mm512_set1_epi16((short)0xBF80), h[j], nan, 0xCA);
+        }
+        DSA__UNROLL for (j = 0; j < 4; j++) {
+            __m256i half = j < 2 ? _mm512_castsi512_si256(h[j & 1]) : _mm512_extracti64x4_epi64(h[j & 1], 1);
+            v[j] = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+        }
+        return;
+    }
+    DSA__UNROLL for (j = 0; j < 4; j++) {
+        const __mmask16 m = left >= 64 ? 0xFFFF : dsa__lanes_avx512(dsa__max64(left - 16 * j, 0));
+        if (type == DSA_F32)       v[j] = _mm512_maskz_loadu_ps(m, p + 64 * j);
+        else if (type == DSA_BF16) v[j] = dsa__bf16_f32_avx512(_mm256_maskz_loadu_epi16(m, p + 32 * j));
+        else                       v[j] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p + 32 * j));
+    }
+}
+
+DSA__INLINE DSA__AVX512_FP8 void dsa__widen64_vbmi(dsa_type type, const dsa__e4m3_tables *t, const unsigned char *p, int64_t left,
+                                                   __m512 *v)
+{
+    __m512i b, low, high, w[2];
+    int j;
+    if (type != DSA_FP8) {
+        dsa__widen64_f16(type, t, p, left, v);
+        return;
+    }
+    b = left >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(dsa__first_bits(left), p);
+    b = _mm512_permutexvar_epi64(t->order, b);           /* so that interleaving quarters gives columns in order */
+    low = _mm512_permutex2var_epi8(t->low[0], b, t->low[1]);
+    high = _mm512_permutex2var_epi8(t->high[0], b, t->high[1]);
+    high = _mm512_ternarylogic_epi32(high, b, _mm512_set1_epi8((char)0x80), 0xF8);
+    w[0] = _mm512_unpacklo_epi8(low, high);
+    w[1] = _mm512_unpackhi_epi8(low, high);
+    DSA__UNROLL for (j = 0; j < 2; j++) {
+        v[2 * j] = _mm512_castsi512_ps(_mm512_slli_epi32(w[j], 16));
+        v[2 * j + 1] = _mm512_castsi512_ps(_mm512_and_si512(w[j], _mm512_set1_epi32((int)0xFFFF0000u)));
+    }
+}
+
+DSA__AVX512 static void dsa__matmul_deal_avx512(dsa_type type, int64_t n, const float *x, const unsigned char *scale, float *to,
+                                                int64_t stride)
+{
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    int64_t i;
+    for (i = 0; i < dsa__up64(n); i += 32, to += 2 * stride) {
+        __m512 a, b;
+        if (i + 32 <= n) {
+            a = _mm512_loadu_ps(x + i);
+            b = _mm512_loadu_ps(x + i + 16);
+        } else {
+            a = _mm512_maskz_loadu_ps(dsa__lanes_avx512(dsa__max64(n - i, 0)), x + i);
+            b = _mm512_maskz_loadu_ps(dsa__lanes_avx512(dsa__max64(n - i - 16, 0)), x + i + 16);
+        }
+        if (scale) {
+            const __m512 s = _mm512_set1_ps(dsa__float_at(scale + i / 128 * 4));
+            a = _mm512_mul_ps(a, s);
+            b = _mm512_mul_ps(b, s);
+        }
+        if (type == DSA_FP8) {
+            __m512 both = a;
+            a = _mm512_permutex2var_ps(both, even, b);
+            b = _mm512_permutex2var_ps(both, odd, b);
+        }
+        _mm512_storeu_ps(to, a);
+        _mm512_storeu_ps(to + stride, b);
+    }
+}
+
+DSA__AVX512 static void dsa__matmul_undeal_avx512(dsa_type type, int64_t n, const float *x, float *y)
+{
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    int64_t i;
+    for (i = 0; i < n; i += 32) {
+        __m512 a = _mm512_loadu_ps(x + i), b = _mm512_loadu_ps(x + i + 16), both = a;
+        if (type == DSA_FP8) {
+            a = _mm512_permutex2var_ps(both, first, b);
+            b = _mm512_permutex2var_ps(both, second, b);
+        }
+        _mm512_mask_storeu_ps(y + i, dsa__lanes_avx512(n - i), a);
+        _mm512_mask_storeu_ps(y + i + 16, dsa__lanes_avx512(dsa__max64(n - i - 16, 0)), b);
+    }
+}
+
+/* y[o] = the sum of the lanes of c[o] for 4 outputs: halves, quarters, then within a quarter. */
+DSA__INLINE DSA__AVX512 __m128 dsa__sum4_avx512(__m512 c0, __m512 c1, __m512 c2, __m512 c3)
+{
+    const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(c0, c1, 0x44), _mm512_shuffle_f32x4(c0, c1, 0xEE));
+    __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(c2, c3, 0x44), _mm512_shuffle_f32x4(c2, c3, 0xEE));
+    a = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+    a = _mm512_add_ps(a, _mm512_permute_ps(a, 0x4E));
+    a = _mm512_add_ps(a, _mm512_permute_ps(a, 0xB1));
+    return _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, a));
+}
+
+/* 4 rows x `tall` columns of vectors in registers: 24 sums hide the latency of two fma units. */
+DSA__INLINE DSA__AVX512 void dsa__matmul_tile_as_avx512(const int32_t tall, int64_t steps, const float *w, const float *x, float *c,
+                                                        int first, int last, int64_t n_out, float *y, int64_t ldy)
+{
+    __m512 s[24];
+    int32_t i, t;
+    DSA__UNROLL for (i = 0; i < 4 * tall; i++) s[i] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + 16 * i);
+    for (; steps > 0; steps--, w += 64, x += 16 * tall) {
+        const __m512 w0 = _mm512_loadu_ps(w), w1 = _mm512_loadu_ps(w + 16), w2 = _mm512_loadu_ps(w + 32), w3 = _mm512_loadu_ps(w + 48);
+        DSA__UNROLL for (t = 0; t < tall; t++) {
+            const __m512 v = _mm512_loadu_ps(x + 16 * t);
+            s[4 * t] = _mm512_fmadd_ps(w0, v, s[4 * t]);
+            s[4 * t + 1] = _mm512_fmadd_ps(w1, v, s[4 * t + 1]);
+            s[4 * t + 2] = _mm512_fmadd_ps(w2, v, s[4 * t + 2]);
+            s[4 * t + 3] = _mm512_fmadd_ps(w3, v, s[4 * t + 3]);
+        }
+    }
+    if (last) {
+        DSA__UNROLL for (t = 0; t < tall; t++)
+            _mm_mask_storeu_ps(y + t * ldy, (__mmask8)((1u << n_out) - 1u),
+                               dsa__sum4_avx512(s[4 * t], s[4 * t + 1], s[4 * t + 2], s[4 * t + 3]));
+        return;
+    }
+    DSA__UNROLL for (i = 0; i < 4 * tall; i++) _mm512_storeu_ps(c + 16 * i, s[i]);
+}
+
+DSA__AVX512 static void dsa__matmul_tile_avx512(int32_t tall, int64_t steps, const float *w, const float *x, float *c, int first, int last,
+                                                int64_t n_out, float *y, int64_t ldy)
+{
+    switch (tall) {
+    case 1: dsa__matmul_tile_as_avx512(1, steps, w, x, c, first, last, n_out, y, ldy); break;
+    case 2: dsa__matmul_tile_as_avx512(2, steps, w, x, c, first, last, n_out, y, ldy); break;
+    case 3: dsa__matmul_tile_as_avx512(3, steps, w, x, c, first, last, n_out, y, ldy); break;
+    case 4: dsa__matmul_tile_as_avx512(4, steps, w, x, c, first, last, n_out, y, ldy); break;
+    case 5: dsa__matmul_tile_as_avx512(5, steps, w, x, c, first, last, n_out, y, ldy); break;
+    default: dsa__matmul_tile_as_avx512(6, steps, w, x, c, first, last, n_out, y, ldy); break;
+    }
+}
+
+DSA__INLINE DSA__AVX512 void dsa__matmul_tile_t_as_avx512(const int32_t tall, int64_t n, const float *a, int64_t lda, const float *w,
+                                                          int64_t ldw, float *c, int64_t ldc)
+{
+    const float *a3 = tall > 3 ? a + 3 * lda : a;
+    __m512 s[24];
+    int32_t t, j;
+    DSA__UNROLL for (t = 0; t < tall; t++)
+        DSA__UNROLL for (j = 0; j < 4; j++) s[4 * t + j] = _mm512_loadu_ps(c + t * ldc + 16 * j);
+    for (; n > 0; n--, a++, a3++, w += ldw) {
+        const __m512 w0 = _mm512_loadu_ps(w), w1 = _mm512_loadu_ps(w + 16), w2 = _mm512_loadu_ps(w + 32), w3 = _mm512_loadu_ps(w + 48);
+        DSA__UNROLL for (t = 0; t < tall; t++) {
+            const __m512 v = _mm512_set1_ps(t < 3 ? a[t * lda] : a3[(t - 3) * lda]);
+            s[4 * t] = _mm512_fmadd_ps(v, w0, s[4 * t]);
+            s[4 * t + 1] = _mm512_fmadd_ps(v, w1, s[4 * t + 1]);
+            s[4 * t + 2] = _mm512_fmadd_ps(v, w2, s[4 * t + 2]);
+            s[4 * t + 3] = _mm512_fmadd_ps(v, w3, s[4 * t + 3]);
+        }
+    }
+    DSA__UNROLL for (t = 0; t < tall; t++)
+        DSA__UNROLL for (j = 0; j < 4; j++) _mm512_storeu_ps(c + t * ldc + 16 * j, s[4 * t + j]);
+}
+
+DSA__AVX512 static void dsa__matmul_tile_t_avx512(int32_t tall, int64_t n, const float *a, int64_t lda, const float *w, int64_t ldw,
+                                                  float *c, int64_t ldc)
+{
+    switch (tall) {
+    case 1: dsa__matmul_tile_t_as_avx512(1, n, a, lda, w, ldw, c, ldc); break;
+    case 2: dsa__matmul_tile_t_as_avx512(2, n, a, lda, w, ldw, c, ldc); break;
+    case 3: dsa__matmul_tile_t_as_avx512(3, n, a, lda, w, ldw, c, ldc); break;
+    case 4: dsa__matmul_tile_t_as_avx512(4, n, a, lda, w, ldw, c, ldc); break;
+    case 5: dsa__matmul_tile_t_as_avx512(5, n, a, lda, w, ldw, c, ldc); break;
+    default: dsa__matmul_tile_t_as_avx512(6, n, a, lda, w, ldw, c, ldc); break;
+    }
+}
+
+/* The three functions that read W.
+
+   dots: four runs of rows at a time, since long streams are what the prefetchers can follow, and four sums hide the latency; a run
+   that is shorter does its last row again. Where x overflows L1, or expanding takes about as long as reading, asking for W a page
+   ahead makes 22 of 20 and 20 of 16 GB/s (Zen 4, bf16 and FP8, one thread, of 31); where the machine's own prefetchers have nothing
+   to disturb them, it would make 22 of 30.
+
+   axpys: one row at a time, so that W is read strictly in order: its rows are short, 1 KB at 512 columns of bf16, and four at a
+   time, which would spare loads and stores of c, took twice as long. 16 rows ahead is 8 to 16 KB. */
+#define DSA__MATMUL_AVX512(SUFFIX, ISA, E4M3)                                                                                       \
+DSA__INLINE ISA void dsa__matmul_dots_as_##SUFFIX(const dsa_type type, int64_t in, int64_t n_out, const unsigned char *w,           \
+                                                  const float *x, float *y)                                                         \
+{                                                                                                                                   \
+    const int64_t size = dsa__type_bytes(type), runs = (n_out + 3) / 4;                                                             \
+    const int ahead = type == DSA_FP8 || in > 4096;                                                                                 \
+    dsa__e4m3_tables tables;                                                                                                        \
+    int64_t o, i, row[4];                                                                                                           \
+    int r, j;                                                                                                                       \
+    if (type == DSA_FP8) dsa__e4m3_tables_##E4M3(&tables);                                                                          \
+    for (o = 0; o < runs; o++) {                                                                                                    \
+        __m512 s[4], v[4], u[4];                                                                                                    \
+        const unsigned char *p[4];                                                                                                  \
+        float sums[4];                                                                                                              \
+        DSA__UNROLL for (r = 0; r < 4; r++) {                                                                                       \
+            s[r] = _mm512_setzero_ps();                                                                                             \
+            row[r] = dsa__min64(o + r * runs, n_out - 1);                                                                           \
+            p[r] = w + (size_t)(row[r] * in * size);                                                                                \
+        }                                                                                                                           \
+        for (i = 0; i + 64 <= in; i += 64) {                                                                                        \
+            DSA__UNROLL for (j = 0; j < 4; j++) u[j] = _mm512_loadu_ps(x + i + 16 * j);                                             \
+            DSA__UNROLL for (r = 0; r < 4; r++) {                                                                                   \
+                if (ahead) dsa__ask(p[r] + i * size, 4096, 64 * size);                                                              \
+                dsa__widen64_##E4M3(type, &tables, p[r] + i * size, 64, v);                                                         \
+                DSA__UNROLL for (j = 0; j < 4; j++) s[r] = _mm512_fmadd_ps(v[j], u[j], s[r]);                                       \
+            }                                                                                                                       \
+        }                                                                                                                           \
+        if (i < in) {                                                                                                               \
+            DSA__UNROLL for (j = 0; j < 4; j++) u[j] = _mm512_loadu_ps(x + i + 16 * j);                                             \
+            DSA__UNROLL for (r = 0; r < 4; r++) {                                                                                   \
+                dsa__widen64_##E4M3(type, &tables, p[r] + i * size, in - i, v);                                                     \
+                DSA__UNROLL for (j = 0; j < 4; j++) s[r] = _mm512_fmadd_ps(v[j], u[j], s[r]);                                       \
+            }                                                                                                                       \
+        }                                                                                                                           \
+        _mm_storeu_ps(sums, dsa__sum4_avx512(s[0], s[1], s[2], s[3]));                                                              \
+        for (r = 0; r < 4; r++) y[row[r]] = sums[r];                                                                                \
+    }                                                                                                                               \
+}                                                                                                                                   \
+static ISA void dsa__matmul_dots_##SUFFIX(dsa_type type, int64_t in, int64_t n_out, const unsigned char *w, const float *x,         \
+                                          float *y)                                                                                 \
+{                                                                                                                                   \
+    DSA__BY_WEIGHT(dsa__matmul_dots_as_##SUFFIX, in, n_out, w, x, y)                                                                \
+}                                                                                                                                   \
+DSA__INLINE ISA void dsa__matmul_expand_as_##SUFFIX(const dsa_type type, int64_t n, const unsigned char *const *rows, float *to,    \
+                                                    int64_t row_stride, int64_t stride)                                             \
+{                                                                                                                                   \
+    const int64_t size = dsa__type_bytes(type);                                                                                     \
+    dsa__e4m3_tables tables;                                                                                                        \
+    __m512 v[4];                                                                                                                    \
+    int64_t i;                                                                                                                      \
+    int r, j;                                                                                                                       \
+    if (type == DSA_FP8) dsa__e4m3_tables_##E4M3(&tables);                                                                          \
+    for (r = 0; r < 4; r++) {                                                                                                       \
+        float *t = to + r * row_stride;                                                                                             \
+        for (i = 0; i < n; i += 64, t += 4 * stride) {                                                                              \
+            if (n - i >= 64) dsa__widen64_##E4M3(type, &tables, rows[r] + i * size, 64, v);                                         \
+            else             dsa__widen64_##E4M3(type, &tables, rows[r] + i * size, n - i, v);                                      \
+            DSA__UNROLL for (j = 0; j < 4; j++) _mm512_storeu_ps(t + j * stride, v[j]);                                             \
+        }                                                                                                                           \
+    }                                                                                                                               \
+}                                                                                                                                   \
+static ISA void dsa__matmul_expand_##SUFFIX(dsa_type type, int64_t n, const unsigned char *const *rows, float *to,                  \
+                                            int64_t row_stride, int64_t stride)                                                     \
+{                                                                                                                                   \
+    DSA__BY_WEIGHT(dsa__matmul_expand_as_##SUFFIX, n, rows, to, row_stride, stride)                                                 \
+}                                                                                                                                   \
+DSA__INLINE ISA void dsa__matmul_axpys_as_##SUFFIX(const dsa_type type, int64_t in, int64_t rows, const unsigned char *w,           \
+                                                   const float *x, const unsigned char *scale, float *c)                            \
+{                                                                                                                                   \
+    const int64_t size = dsa__type_bytes(type);                                                                                     \
+    dsa__e4m3_tables tables;                                                                                                        \
+    int64_t o, i;                                                                                                                   \
+    int j;                                                                                                                          \
+    if (type == DSA_FP8) dsa__e4m3_tables_##E4M3(&tables);                                                                          \
+    for (o = 0; o < rows; o++, w += in * size) {                                                                                    \
+        __m512 a = _mm512_set1_ps(x[o]), v[4];                                                                                      \
+        for (i = 0; i < in; i += 64) {                                                                                              \
+            if (scale && i % 128 == 0) a = _mm512_set1_ps(x[o] * dsa__float_at(scale + i / 128 * 4));                               \
+            if (in - i >= 64) {                                                                                                     \
+                dsa__ask(w + i * size, 16 * in * size, 64 * size);                                                                  \
+                dsa__widen64_##E4M3(type, &tables, w + i * size, 64, v);                                                            \
+            } else {                                                                                                                \
+                dsa__widen64_##E4M3(type, &tables, w + i * size, in - i, v);                                                        \
+            }                                                                                                                       \
+            DSA__UNROLL for (j = 0; j < 4; j++)                                                                                     \
+                _mm512_storeu_ps(c + i + 16 * j, _mm512_fmadd_ps(a, v[j], _mm512_loadu_ps(c + i + 16 * j)));                        \
+        }                                                                                                                           \
+    }                                                                                                                               \
+}                                                                                                                                   \
+static ISA void dsa__matmul_axpys_##SUFFIX(dsa_type type, int64_t in, int64_t rows, const unsigned char *w, const float *x,         \
+                                           const unsigned char *scale, float *c)                                                    \
+{                                                                                                                                   \
+    DSA__BY_WEIGHT(dsa__matmul_axpys_as_##SUFFIX, in, rows, w, x, scale, c)                                                         \
+}                                                                                                                                   \
+static const dsa__matmul_isa dsa__matmul_isa_##SUFFIX = {                                                                           \
+    16, 6, dsa__matmul_deal_avx512, dsa__matmul_expand_##SUFFIX, dsa__matmul_dots_##SUFFIX, dsa__matmul_tile_avx512,                \
+    dsa__matmul_tile_t_avx512, dsa__matmul_axpys_##SUFFIX, dsa__matmul_undeal_avx512                                                \
+};                                                                                                                                  \
+static void dsa__matmul_##SUFFIX(int64_t n, int64_t in, int64_t n_out, const float *x, int64_t ldx, const dsa_tensor *w,            \
+                                 int64_t first, float *y, int64_t ldy, void *scratch)                                               \
+{                                                                                                                                   \
+    dsa__matmul_vector(&dsa__matmul_isa_##SUFFIX, n, in, n_out, x, ldx, w, first, y, ldy, scratch);                                 \
+}                                                                                                                                   \
+static void dsa__matmul_t_##SUFFIX(int64_t n, int64_t in, int64_t n_out, const float *x, int64_t ldx, const dsa_tensor *w,          \
+                                   int64_t first, float *y, int64_t ldy, void *scratch)                                             \
+{                                                                                                                                   \
+    dsa__matmul_t_vector(&dsa__matmul_isa_##SUFFIX, n, in, n_out, x, ldx, w, first, y, ldy, scratch);                               \
+}
+DSA__MATMUL_AVX512(avx512f, DSA__AVX512, f16)
+DSA__MATMUL_AVX512(avx512, DSA__AVX512_FP8, vbmi)
+#if !defined(__clang__)
+#  pragma GCC diagnostic pop
+#endif
+#endif
+
+/* ============================================================================================
    >>dispatch                                 the kernel tables and the choice of one
    ============================================================================================
    A new ISA is one more section above this one and one more table here; entries that it does not improve are the scalar ones. */
@@ -4441,7 +5177,7 @@ static const dsa__kernels dsa__kernels_neon = {
     DSA_ISA_NEON,
     dsa__query_round_f32x8, dsa__query_bytes_neon, dsa__query_pack_neon, dsa__score_bytes_f32x8, dsa__score_neon,
     dsa__attend_query_bytes_f32x8, dsa__attend_pack_f32x8, dsa__attend_bytes_f32x8, dsa__attend_f32x8,
-    dsa__ref_matmul_bytes, dsa__ref_matmul, dsa__ref_matmul_t,
+    dsa__matmul_bytes, dsa__matmul_f32x8, dsa__matmul_t_f32x8,
     dsa__madd_f32x8, dsa__weights_f32x8, dsa__turn_f32x8, dsa__exps_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__ref_filter, dsa__ref_count, dsa__ref_keep
 };
@@ -4450,7 +5186,7 @@ static const dsa__kernels dsa__kernels_neon_dot = {
     DSA_ISA_NEON,
     dsa__query_round_f32x8, dsa__query_bytes_neon_dot, dsa__query_pack_neon_dot, dsa__score_bytes_f32x8, dsa__score_neon_dot,
     dsa__attend_query_bytes_f32x8, dsa__attend_pack_f32x8, dsa__attend_bytes_f32x8, dsa__attend_f32x8,
-    dsa__ref_matmul_bytes, dsa__ref_matmul, dsa__ref_matmul_t,
+    dsa__matmul_bytes, dsa__matmul_f32x8, dsa__matmul_t_f32x8,
     dsa__madd_f32x8, dsa__weights_f32x8, dsa__turn_f32x8, dsa__exps_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__ref_filter, dsa__ref_count, dsa__ref_keep
 };
@@ -4473,7 +5209,7 @@ static const dsa__kernels dsa__kernels_avx2 = {
     DSA_ISA_AVX2,
     dsa__query_round_f32x8, dsa__query_bytes_avx2, dsa__query_pack_avx2, dsa__score_bytes_f32x8, dsa__score_avx2,
     dsa__attend_query_bytes_f32x8, dsa__attend_pack_f32x8, dsa__attend_bytes_f32x8, dsa__attend_f32x8,
-    dsa__ref_matmul_bytes, dsa__ref_matmul, dsa__ref_matmul_t,
+    dsa__matmul_bytes, dsa__matmul_f32x8, dsa__matmul_t_f32x8,
     dsa__madd_f32x8, dsa__weights_f32x8, dsa__turn_f32x8, dsa__exps_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__filter_avx2, dsa__count_avx2, dsa__keep_avx2
 };
@@ -4482,7 +5218,7 @@ static const dsa__kernels dsa__kernels_avx512_base = {
     DSA_ISA_AVX512,
     dsa__query_round_avx512, dsa__query_bytes_avx512f, dsa__query_pack_avx512f, dsa__score_bytes_avx512f, dsa__score_avx512f,
     dsa__attend_query_bytes_avx512f, dsa__attend_pack_avx512f, dsa__attend_bytes_avx512f, dsa__attend_avx512f,
-    dsa__ref_matmul_bytes, dsa__ref_matmul, dsa__ref_matmul_t,
+    dsa__matmul_bytes, dsa__matmul_avx512f, dsa__matmul_t_avx512f,
     dsa__madd_f32x8, dsa__weights_f32x8, dsa__turn_f32x8, dsa__exps_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__filter_avx512, dsa__count_avx512, dsa__keep_avx512
 };
@@ -4491,7 +5227,7 @@ static const dsa__kernels dsa__kernels_avx512_vnni = {
     DSA_ISA_AVX512,
     dsa__query_round_avx512, dsa__query_bytes_avx512vnni, dsa__query_pack_avx512vnni, dsa__score_bytes_avx512vnni, dsa__score_avx512vnni,
     dsa__attend_query_bytes_avx512f, dsa__attend_pack_avx512f, dsa__attend_bytes_avx512f, dsa__attend_avx512f,
-    dsa__ref_matmul_bytes, dsa__ref_matmul, dsa__ref_matmul_t,
+    dsa__matmul_bytes, dsa__matmul_avx512f, dsa__matmul_t_avx512f,
     dsa__madd_f32x8, dsa__weights_f32x8, dsa__turn_f32x8, dsa__exps_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__filter_avx512, dsa__count_avx512, dsa__keep_avx512
 };
@@ -4500,7 +5236,7 @@ static const dsa__kernels dsa__kernels_avx512 = {
     DSA_ISA_AVX512,
     dsa__query_round_avx512, dsa__query_bytes_avx512, dsa__query_pack_avx512, dsa__score_bytes_avx512, dsa__score_avx512,
     dsa__attend_query_bytes_avx512, dsa__attend_pack_avx512, dsa__attend_bytes_avx512, dsa__attend_avx512,
-    dsa__ref_matmul_bytes, dsa__ref_matmul, dsa__ref_matmul_t,
+    dsa__matmul_bytes, dsa__matmul_avx512, dsa__matmul_t_avx512,
     dsa__madd_f32x8, dsa__weights_f32x8, dsa__turn_f32x8, dsa__exps_f32x8, dsa__fold_f32x8, dsa__unfold_f32x8,
     dsa__filter_avx512_vbmi2, dsa__count_avx512, dsa__keep_avx512
 };
@@ -6452,7 +7188,7 @@ static dsa_status dsa__layer_plan(const dsa_ctx *ctx, const dsa_layer_args *a, d
     c->ke        = (int64_t *)dsa__take(arena, n, 1, sizeof(int64_t));
     c->seqs      = (dsa_seq *)dsa__take(arena, n, 1, sizeof(dsa_seq));
     widest = dsa__max64(dsa__max64(f->dim_hidden, f->dim_q_lora), dsa__max64(f->dim_latent, H * f->dim_v));
-    c->gemm_stride = (ctx->kernels->matmul_bytes(n, widest) + 63) & ~INT64_C(63);
+    c->gemm_stride = dsa__up64(ctx->kernels->matmul_bytes(n, widest, f->dim_latent));
     gemm_bytes = c->gemm_stride * f->n_threads;
     if (f->gemm) gemm_bytes = dsa__max64(gemm_bytes, DSA__PANEL * widest * (int64_t)sizeof(float));
     c->gemm      = (unsigned char *)dsa__take(arena, gemm_bytes, 1, 1);
@@ -6756,24 +7492,6 @@ static dsa__mm dsa__mm_of(const dsa_ctx *ctx, const dsa_tensor *w, int64_t n, in
     memset(&m, 0, sizeof m);
     m.ctx = ctx; m.w = w; m.n = n; m.n_in = m.ldx = n_in; m.n_out = m.ldy = n_out; m.n_heads = 1; m.scratch = scratch;
     return m;
-}
-
-/* Columns [at, at + n) of row `row` of a weight [.., in] as f32; for any cut of the row. */
-static void dsa__weight_part(const dsa_tensor *w, int64_t row, int64_t in, int64_t at, int64_t n, float *x)
-{
-    const unsigned char *p = (const unsigned char *)w->data + (size_t)((row * in + at) * dsa__type_bytes(w->type));
-    int64_t i;
-    if (w->type != DSA_FP8) {
-        dsa_tensor part = *w;
-        part.data = p;
-        dsa__weight_row(&part, 0, n, x);
-        return;
-    }
-    for (i = 0; i < n; i++) {                            /* 128 x 128 blocks share a scale */
-        float s;
-        memcpy(&s, (const unsigned char *)w->scale_inv + 4 * (size_t)(row / 128 * ((in + 127) / 128) + (at + i) / 128), 4);
-        x[i] = dsa__e4m3_value(p[i]) * s;
-    }
 }
 
 /* Blocks of outputs of every head: W's rows turned into columns, a part of the depth at a time. */

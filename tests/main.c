@@ -8,6 +8,7 @@ SUITE_EXTERN(score_suite);
 SUITE_EXTERN(cache_suite);
 SUITE_EXTERN(attend_suite);
 SUITE_EXTERN(step_suite);
+SUITE_EXTERN(matmul_suite);
 SUITE_EXTERN(layer_suite);
 SUITE_EXTERN(backward_suite);
 SUITE_EXTERN(threads_suite);
@@ -44,6 +45,7 @@ int main(int argc, char **argv)
     RUN_SUITE(cache_suite);
     RUN_SUITE_PER_ISA(attend_suite);
     RUN_SUITE_PER_ISA(step_suite);
+    RUN_SUITE_PER_ISA(matmul_suite);
     RUN_SUITE_PER_ISA(layer_suite);
     RUN_SUITE_PER_ISA(backward_suite);
     RUN_SUITE_PER_ISA(threads_suite);

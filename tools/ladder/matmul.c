@@ -1,8 +1,33 @@
-/* matmul.c - the ladder to the projections of the layer: kernels in matmul.inc, checked against f64, then timed beside the machine's own peaks.
+/* matmul.c - the ladder to the projections of the layer, checked against f64, then timed beside the machine's own peaks.
 
        cc -O2 tools/ladder/matmul.c -lm -pthread -o build/ladder_matmul && build/ladder_matmul
 
-   Not in dsa.h yet: an output of these kernels depends on how many rows of x share a call, so the layer's chunks would move by rounding. */
+   Zen 4, 2 cores, cold weights; the machine was shared, so only shares of a peak of the same run compare. bf16 / FP8:
+
+                                             read bandwidth, n = 1, 1 thread          2 threads      f32 fma, n = 32
+     outer: rows of x in the lanes            .55-.75 / .36-.60                        .78-.96 / .54-.94    .71-.73 / .56-.61
+     dsa.h: columns of W in the lanes         .70-1.0 / .55-.66                        .95-.97 / .77-.97    .80-.83 / .81-.83
+
+   outer is the version before (matmul.inc). It sums a chunk's outputs in plain order and a single row's by lanes, so that chunking moved
+   the bits; dsa.h has one order for both.
+
+   One row of x (limited by reading W):
+     streams               one row of W at a time is as fast as four while x is in L1 (in = 1536: .96), and half as fast once it is not:
+                           then four rows must share a load of x. Eight rows: no faster, and slower at in = 1536
+     x in L1 by passes     over 2048 or 4096 columns: .50-.56; a row's next piece lies far away, and the prefetchers start again
+     asking a page ahead   L2: bf16 .65 -> .72, FP8 .53 -> .69 where in >= 7168; but .98 -> .75 of bf16 at in = 1536. L1: worse
+     FP8                   10 cycles for 64 weights in cache, 7.3 were possible (5 shuffles, 2 shifts, 4 fma): 24 GB/s at most. Through f16
+                           (no VBMI) 16 cycles. Dealing x out so that a permutation is saved brings nothing
+     bf16                  8 cycles for 64 weights in their order, 5 dealt out even before odd: memory takes 15
+     W_UK                  four rows at a time, which saves loads and stores of the sums: half the speed of one after the other
+   32 rows (limited by fma):
+     tile of 4 x 6         100 % in L1; all rows over one expansion 94 %, since x comes from L2; expanding 4 x 512 weights is 6 % (bf16) or
+                           9 % (FP8) of that, dealing x out 3 %: .84 with W in cache
+     reading W ahead       .63 without, .80-.83 with; L1 or L2 is the same. gcc drops calls of a function that only prefetches: see there
+     eight outputs a time  for each group of x: nothing, or .02 less
+     expanding the next    between the tiles, so that its stores hide behind their fma: .71; they delay the loads that follow
+     passes of 256, 1024   columns: less (.67), the same with twice the memory
+*/
 #define _GNU_SOURCE
 #define DSA_IMPLEMENTATION
 #define DSA_STATIC
@@ -32,14 +57,21 @@ typedef struct variant {
     const char *name, *isa;
     unsigned types;
     int n_max;                   /* rows of x it is made for */
-    int64_t (*bytes)(int64_t in, int64_t n_out);
+    int64_t (*bytes)(int64_t n, int64_t in, int64_t in_t);
     matmul_fn matmul, matmul_t;
 } variant;
 
-static const variant variants[] = {
-    { "ref", "scalar", ALL, 32, dsa__matmul_bytes_ref, dsa__matmul_ref, dsa__matmul_t_ref },
 #if defined(__x86_64__)
-    { "library", "avx512", ALL, 32, dsa__matmul_bytes_avx512, dsa__matmul_avx512, dsa__matmul_t_avx512 },
+static int64_t outer_bytes(int64_t n, int64_t in, int64_t in_t) { (void)n; (void)in_t; return outer__matmul_bytes_vector(in, in); }
+#endif
+
+static const variant variants[] = {
+    { "dsa.h", "scalar", ALL, 32, dsa__ref_matmul_bytes, dsa__ref_matmul, dsa__ref_matmul_t },
+#if defined(__x86_64__)
+    { "dsa.h", "avx512", ALL, 32, dsa__matmul_bytes, dsa__matmul_avx512, dsa__matmul_t_avx512 },
+    { "dsa.h base", "avx512", ALL, 32, dsa__matmul_bytes, dsa__matmul_avx512f, dsa__matmul_t_avx512f },
+    { "dsa.h", "avx2", ALL, 32, dsa__matmul_bytes, dsa__matmul_f32x8, dsa__matmul_t_f32x8 },
+    { "outer", "avx512", ALL, 32, outer_bytes, outer__matmul_avx512, outer__matmul_t_avx512 },
 #endif
 };
 #define N_VARIANTS ((int)(sizeof variants / sizeof *variants))
@@ -91,7 +123,7 @@ static int check_one(const variant *v, dsa_type type, int64_t n, int64_t in, int
     float *x = (float *)take((size_t)(n * ldx) * 4), *y = (float *)take((size_t)(n * ldy) * 4), *s = (float *)take((size_t)blocks * 4);
     float *row = (float *)take((size_t)in * 4);
     double *want = (double *)take((size_t)(n * yn) * 8), *mass = (double *)take((size_t)(n * yn) * 8), worst = 0;
-    void *scratch = take((size_t)v->bytes(in, n_out) + 64);
+    void *scratch = take((size_t)v->bytes(n, dsa__max64(in, n_out), in) + 64);
     int bad = 0;
     dsa_tensor w;
     mprotect(map + span, 4096, PROT_NONE);
@@ -262,7 +294,7 @@ static void *work(void *arg)
     size_t bytes = (size_t)(rows * j->in * dsa__type_bytes(j->type));
     int r, c;
     float *y = (float *)take((size_t)(j->n * (j->heads ? j->heads * dsa__max64(j->in, j->n_out) : j->n_out)) * 4 + 4096);
-    void *scratch = take(j->v ? (size_t)j->v->bytes(j->in, j->n_out) : 64);
+    void *scratch = take(j->v ? (size_t)j->v->bytes(j->n, dsa__max64(j->in, j->n_out), j->in) : 64);
 #if defined(__linux__) && defined(CPU_SET)
     cpu_set_t set;
     CPU_ZERO(&set);

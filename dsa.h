@@ -1063,7 +1063,9 @@ extern dsa_cuda_path dsa_cuda_query_path(const dsa_cuda *cuda);       /* the pat
 /* Device level, for engines that live on the GPU: all pointers in the structs below are device pointers (but to caches), the work goes to
    `stream` (a cudaStream_t of config.cuda's device, which is current; NULL = the default stream), nothing is allocated and nothing waits:
    the calls may be captured in a CUDA graph. What lies in device memory is not checked; entries outside their range are skipped.
-   ERR_DEVICE: a launch was refused. Workspace: device memory of any alignment, one call at a time.
+   ERR_DEVICE: a launch was refused. Workspace: device memory of any alignment, one call at a time; what the size query says for the most
+   rows serves fewer rows as well. Arrays want the alignment of their elements; where pools, strides, q and out lie on 16 bytes the fast
+   kernels may run, so ask for sizes with pointers of the call's alignment (NULL counts as such).
 
    A cache says where the pool lies and what is in it: kind to page_size, n_pages, data, scales, strides (dsa_cache_view with device CUDA
    fills it in). Its len is not read, and block_table, set by hand afterwards, is a device pointer here: [n_seqs, n_blocks], or NULL: block

@@ -608,7 +608,7 @@ struct dsa__cu_index_args {
     const unsigned char *pages, *scales;             /* scales: of page 0 */
     int64_t              page_stride, scale_stride, n_pages;
     int32_t              page_size, page_shift;      /* shift: -1 if the size is no power of two */
-    /* [n_seqs, table_ld]; outside [0, n_pages): a hole, its logits are NaN; NULL: block b is page b */
+    /* [n_seqs, table_ld]; outside [0, n_pages): a hole, its logits are -inf; NULL: block b is page b */
     const int32_t       *table;
     int64_t              table_ld;
     int32_t              table_rows, first;          /* row t is of sequence seq[t], or (first + t) / table_rows */
@@ -620,6 +620,13 @@ struct dsa__cu_index_args {
     uint32_t            *clear;                      /* counters of the kernels that follow, set to 0 */
     int32_t              n_clear;
 };
+
+#define DSA__CU_HOLE 0xFFC0401Eu                         /* the scale of a key that is not there: a NaN of its own */
+
+static __device__ __forceinline__ float dsa__cu_scaled(float sum, float scale)
+{
+    return __float_as_uint(scale) == DSA__CU_HOLE ? DSA__CU_NONE : sum * scale;
+}
 
 /* Where the table of a row's sequence begins. */
 __device__ __forceinline__ int64_t dsa__cu_index_table(const dsa__cu_index_args &a, int32_t row)
@@ -761,7 +768,7 @@ __global__ void __launch_bounds__(DSA__CU_INDEX_THREADS, 4) dsa__cu_index_mma(ds
             } else {
 #pragma unroll
                 for (int j = 0; j < WORDS; j++) x[j] = 0;
-                scale[i] = NAN;
+                scale[i] = __uint_as_float(DSA__CU_HOLE);
             }
 #pragma unroll
             for (int ks = 0; ks < KS; ks++) {
@@ -815,7 +822,7 @@ __global__ void __launch_bounds__(DSA__CU_INDEX_THREADS, 4) dsa__cu_index_mma(ds
                 v += __shfl_xor_sync(~0u, v, 1);
                 v += __shfl_xor_sync(~0u, v, 2);
                 const int32_t key = s + g + 8 * i;
-                if (c == i && key >= lo && key < hi) a.I[(row0 + r) * a.ldi + key] = v * scale[i];
+                if (c == i && key >= lo && key < hi) a.I[(row0 + r) * a.ldi + key] = dsa__cu_scaled(v, scale[i]);
             }
         }
     }
@@ -948,7 +955,7 @@ __global__ void __launch_bounds__(384, HP * ROWS > 64 ? 1 : 2) dsa__cu_index_hop
                 }
                 if (p) asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(dsa__cu_smem(&scales[st * DSA__CU_HOPPER_TILE + t])),
                     "l"(ps) : "memory");
-                else scales[st * DSA__CU_HOPPER_TILE + t] = NAN;
+                else scales[st * DSA__CU_HOPPER_TILE + t] = __uint_as_float(DSA__CU_HOLE);
                 const int32_t s = first + (i + 1) * DSA__CU_HOPPER_TILE + t;
                 p = NULL;
                 if (s < s1) p = dsa__cu_index_key(a, table_at, s, 128, &ps);
@@ -1029,10 +1036,10 @@ __global__ void __launch_bounds__(384, HP * ROWS > 64 ? 1 : 2) dsa__cu_index_hop
                     const float sum = keep + __shfl_xor_sync(~0u, give, 2);
                     const int32_t r = n * 2 + (c >> 1), l = c & 2 ? lo[(n * Q + Q - 1) % ROWS] : lo[n * Q % ROWS], e = c & 2
                         ? hi[(n * Q + Q - 1) % ROWS] : hi[n * Q % ROWS];
-                    if (key >= l && key < e) a.I[(row0 + r) * a.ldi + key] = sum * scale;
+                    if (key >= l && key < e) a.I[(row0 + r) * a.ldi + key] = dsa__cu_scaled(sum, scale);
                 } else {
                     const float sum = z[0] + __shfl_xor_sync(~0u, z[0], 2);
-                    if (c < 2 && key >= lo[n] && key < hi[n]) a.I[(row0 + n) * a.ldi + key] = sum * scale;
+                    if (c < 2 && key >= lo[n] && key < hi[n]) a.I[(row0 + n) * a.ldi + key] = dsa__cu_scaled(sum, scale);
                 }
             }
         }
@@ -1635,15 +1642,11 @@ static inline dsa__cu_topk_plan dsa__cu_topk_prepare(const dsa__cu *g, int32_t r
     return p;
 }
 
-/* Bytes that any n_rows <= rows rows need: fewer rows are split over more blocks. */
+/* Bytes that any number of rows up to `rows` need: most where as many as can be are still split, 2 blocks each. */
 static inline size_t dsa__cu_topk_most(const dsa__cu *g, int64_t rows, int64_t n, int64_t k)
 {
-    size_t most = dsa__cu_topk_prepare(g, (int32_t) rows, (int32_t) n, (int32_t) k).bytes;
-    for (int64_t r = 1; r < rows && r <= 2 * g->n_sm; r++) {
-        const size_t b = dsa__cu_topk_prepare(g, (int32_t) r, (int32_t) n, (int32_t) k).bytes;
-        if (b > most) most = b;
-    }
-    return most;
+    const int64_t split = rows < g->n_sm ? rows : g->n_sm;
+    return dsa__cu_topk_prepare(g, (int32_t) split, (int32_t) n, (int32_t) k).bytes;
 }
 
 /* Once per device, before any capture. */
@@ -1765,10 +1768,44 @@ static __device__ __forceinline__ dsa__cu_entries dsa__cu_entries_of(const dsa__
     return e;
 }
 
+/* *from where `on`, else `otherwise`. Predicated, not branched around: behind a branch the compiler copies the result, and so waits for it. */
+static __device__ __forceinline__ int32_t dsa__cu_load4(const int32_t *from, int on, int32_t otherwise)
+{
+    int32_t v;
+    asm("{ .reg .pred p; setp.ne.b32 p, %2, 0; mov.b32 %0, %3; @p ld.global.nc.b32 %0, [%1]; }" : "=&r"(v) : "l"(from), "r"(on),
+        "r"(otherwise));
+    return v;
+}
+
+/* What entry i says; -1 from `end` on. */
+static __device__ __forceinline__ int32_t dsa__cu_entry_before(const dsa__cu_entries &e, int i, int end)
+{
+    const int on = i < end;
+    return dsa__cu_load4(e.list + i, on && e.list, on && !e.list ? (int32_t)(e.begin + i) : -1);
+}
+
 /* What entry i says; -1 behind the last. */
 static __device__ __forceinline__ int32_t dsa__cu_entry(const dsa__cu_entries &e, int i)
 {
     return i >= e.count ? -1 : e.list ? __ldg(e.list + i) : (int32_t)(e.begin + i);
+}
+
+
+/* The page of an entry; what is not in [0, n_pages) is none. */
+static __device__ __forceinline__ int32_t dsa__cu_entry_page(const dsa__cu_attend &A, const dsa__cu_entries &e, int32_t at)
+{
+    const int on = at >= 0 && at < e.limit;
+    const uint32_t block = e.shift >= 0 ? (uint32_t)at >> e.shift : (uint32_t)at / (uint32_t)A.pool.page_size;
+    return dsa__cu_load4(e.table + block, on && e.table, on && !e.table ? (int32_t)block : -1);
+}
+
+/* The row that an entry names, or NULL. page: what dsa__cu_entry_page said. */
+static __device__ __forceinline__ const unsigned char *dsa__cu_row_in(const dsa__cu_attend &A, const dsa__cu_entries &e, int32_t at,
+    int32_t page)
+{
+    const uint32_t size = (uint32_t)A.pool.page_size, offset = e.shift >= 0 ? (uint32_t)at & (size - 1) : (uint32_t)at % size;
+    if (page < 0 || page >= A.pool.n_pages) return NULL;
+    return e.data + (uint32_t)page * A.pool.page_stride + offset * A.pool.row_stride;
 }
 
 /* The row that an entry names, or NULL. */
@@ -2004,6 +2041,48 @@ static __device__ __forceinline__ uint2 dsa__cu_widen4(uint32_t w, float s)
     return make_uint2(dsa__cu_pack(x.x * s, x.y * s), dsa__cu_pack(y.x * s, y.y * s));
 }
 
+/* ---- rows ahead ------------------------------------------------------------------------------------ */
+/* Where the rows of one place of every leaf lie. N neighbouring lanes share the place, and lane i of them looks up the leaves N b + i: list,
+   table and row are three trips to memory, and each is asked for leaves before it is used. Leaves count from the first of a block. */
+typedef struct dsa__cu_ahead { uint64_t now; uint32_t low, high; } dsa__cu_ahead;  /* addresses; low, high: of the next N: entry, page first */
+
+/* The lines of a row. */
+static __device__ __forceinline__ void dsa__cu_prefetch(const unsigned char *row, int bytes)
+{
+    if (row) for (int i = 0; i < bytes + 127; i += 128) asm volatile("prefetch.global.L2 [%0];" :: "l"(row + (i < bytes ? i : bytes - 1)));
+}
+
+/* at: the entry of this lane's leaf among the first N; those from `end` on are not wanted. */
+static __device__ __forceinline__ dsa__cu_ahead dsa__cu_ahead_begin(const dsa__cu_attend &A, const dsa__cu_entries &E, int at, int end)
+{
+    dsa__cu_ahead x = { (uint64_t)dsa__cu_row(A, E, dsa__cu_entry_before(E, at, end)), 0, 0 };
+    return x;
+}
+
+/* Once for each leaf, 0, 1, .., before its row is asked for. at: the entry of this lane's leaf among the N after those of `leaf`. */
+template <int N>
+static __device__ __forceinline__ void dsa__cu_ahead_step(const dsa__cu_attend &A, const dsa__cu_entries &E, dsa__cu_ahead &x, int leaf, int at,
+    int end, int bytes)
+{
+    const int phase = leaf % N;
+    if (phase == 0) {
+        if (leaf > 0) x.now = (uint64_t)x.high << 32 | x.low;
+        x.low = (uint32_t)dsa__cu_entry_before(E, at, end);
+    } else if (phase == N / 4) {
+        x.high = (uint32_t)dsa__cu_entry_page(A, E, (int32_t)x.low);
+    } else if (phase == N / 2) {
+        const unsigned char *row = dsa__cu_row_in(A, E, (int32_t)x.low, (int32_t)x.high);
+        dsa__cu_prefetch(row, bytes);
+        x.low = (uint32_t)(uint64_t)row;
+        x.high = (uint32_t)((uint64_t)row >> 32);
+    }
+}
+
+template <int N> static __device__ __forceinline__ const unsigned char *dsa__cu_ahead_row(const dsa__cu_ahead &x, int leaf)
+{
+    return (const unsigned char *)__shfl_sync(~0u, (unsigned long long)x.now, (threadIdx.x & (32 - N)) | leaf % N);
+}
+
 /* ---- the fold and the end ------------------------------------------------------------------------- */
 /* What O and O_i are multiplied by when a leaf of maximum m comes to one of M. -inf - -inf never happens. */
 static __device__ __forceinline__ float dsa__cu_weigh(float M, float m, float &a, float &b)
@@ -2188,13 +2267,15 @@ static __global__ void __launch_bounds__(256, 1) dsa__cu_attend_portable(const _
     const uint32_t tile = dsa__cu_smem(smem), raw = tile + S::at_raw;
     const int raw_bytes = R + (R + 127) / 128 * 4 + 2 * r;
     const bool wide = (((uintptr_t)E.data | A.pool.row_stride | A.pool.page_stride) & 15) == 0;
-    int32_t next = dsa__cu_entry(E, first * LEAF + mine);
-    auto fetch = [&](int leaf) {                                            /* issues the copies of a leaf and reads the list's next part */
-        const unsigned char *from = leaf < last ? dsa__cu_row(A, E, next) : NULL;
-        const int on = from != NULL, slot = leaf & 1;
+    const int row_bytes = FP8 ? raw_bytes : 2 * D, end = min(last * LEAF, E.count);
+    dsa__cu_ahead ahead = dsa__cu_ahead_begin(A, E, (first + piece) * LEAF + mine, end);
+    auto fetch = [&](int leaf) {                                            /* issues the copies of a leaf */
+        const int slot = leaf & 1;
         if (leaf < last) {
+            dsa__cu_ahead_step<8>(A, E, ahead, leaf - first, (first + ((leaf - first) & ~7) + 8 + piece) * LEAF + mine, end, row_bytes);
+            const unsigned char *from = dsa__cu_ahead_row<8>(ahead, leaf - first);
+            const int on = from != NULL;
             if (!on) from = E.data;
-            next = dsa__cu_entry(E, (leaf + 1) * LEAF + mine);
             if (piece == 0) valid[(leaf & 3) * LEAF + mine] = (unsigned char)on;
             if (FP8) {
                 uint32_t to = raw + mine * S::raw_row;
@@ -2244,6 +2325,7 @@ static __global__ void __launch_bounds__(256, 1) dsa__cu_attend_portable(const _
         if (u * 8 < D) *(uint4 *)(smem + (leaf & 1) * S::tile + mine * S::row + ((u ^ (mine & 7)) << 4)) = y;
     };
     fetch(first);
+    dsa__cu_prefetch((const unsigned char *)ahead.now, row_bytes);
     if (FP8) {
         dsa__cu_copy_wait<0>();
         __syncwarp();
@@ -3013,7 +3095,7 @@ static __global__ void dsa__cu_attend_hopper(const __grid_constant__ dsa__cu_att
 static int dsa__cu_attend_is_hopper(const dsa__cu *g, const dsa__cu_attend *A)
 {
     return g->path == DSA_CUDA_HOPPER && A->pool.dim == 512 && (A->pool.dim_rope == 64 || A->pool.dim_rope == 0) && A->dim_v == 512 &&
-           (((uintptr_t)A->pool.data | A->pool.row_stride | A->pool.page_stride | (uintptr_t)A->q16 | (uintptr_t)A->out) & 15) == 0;
+           (((uintptr_t)A->pool.data | A->pool.row_stride | A->pool.page_stride) & 15) == 0;
 }
 
 static int dsa__cu_attend_leaf(const dsa__cu *g, const dsa__cu_attend *A)
@@ -3033,7 +3115,7 @@ static int dsa__cu_attend_takes(const dsa__cu *g, const dsa__cu_attend *A)
     if (!dsa__cu_attend_is_hopper(g, A) && shared > (size_t)g->shared) return 0;
     return g->path != DSA_CUDA_REFERENCE && !A->exact && (A->pool.format == DSA_BF16 || A->pool.format == DSA_FP8) && R % 8 == 0 &&
        r % 8 == 0 &&
-           A->dim_v % 8 == 0 && A->dim_v <= 512 && R + r <= 576 && (!A->q_bf16 || ((uintptr_t)A->q & 15) == 0) &&
+           A->dim_v % 8 == 0 && A->dim_v <= 512 && R + r <= 576 && (((uintptr_t)(A->q_bf16 ? A->q : NULL) | (uintptr_t)A->out) & 15) == 0 &&
               (((uintptr_t)A->pool.data | A->pool.row_stride | A->pool.page_stride) & 3) == 0 &&
            A->batch.n_rows * ((A->n_heads + 31) / 32) * (int64_t)(g->n_sm + 1) < INT32_MAX &&
            (!fp8 || R + (R + 127) / 128 * 4 + 2 * r <= (small ? dsa__cu_portable_smem<320>::raw_row : dsa__cu_portable_smem<576>::raw_row));
@@ -3060,6 +3142,18 @@ static size_t dsa__cu_attend_plan(const dsa__cu *g, dsa__cu_attend *A)
     A->leaves_per_chunk = A->n_leaves;                   /* a long dense range: its leaves would not stay in the L2 */
     A->n_chunks = 1;
     return 0;
+}
+
+/* Bytes that any number of rows up to the call's needs: only few rows are shared. */
+static size_t dsa__cu_attend_most(const dsa__cu *g, const dsa__cu_attend *A)
+{
+    dsa__cu_attend few = *A;
+    size_t most = 0;
+    for (few.batch.n_rows = A->batch.n_rows < g->n_sm ? A->batch.n_rows : g->n_sm; few.batch.n_rows > 0; few.batch.n_rows--) {
+        const size_t bytes = dsa__cu_attend_plan(g, &few);
+        if (bytes > most) most = bytes;
+    }
+    return most;
 }
 
 /* A planned call (dsa__cu_attend_plan has seen it). workspace: as many bytes as the plan said, on 16 bytes. */
@@ -3269,25 +3363,26 @@ static void dsa__cu_score_plan(const dsa__cu *g, dsa__cu_score_call *c, dsa__cu_
         c->stride = (c->n_cols + 31) / 32 * 32;
         row += 4 * c->stride + dsa__cu_sort_bytes(&c->sel);
     }
-    c->tile = dsa__cu_bound((int64_t)DSA__CU_BUDGET / row, 1, dsa__cu_min(dsa__cu_max(n_rows, 1), 65535));
-    if (c->tile < n_rows && c->tile > 8) {               /* tiles of about equal size, whole blocks of rows each */
-        int64_t n = (n_rows + c->tile - 1) / c->tile;
-        c->tile = dsa__cu_min(c->tile / 8 * 8, ((n_rows + n - 1) / n + 7) / 8 * 8);
+    const int64_t most = dsa__cu_bound((int64_t)DSA__CU_BUDGET / row, 1, dsa__cu_min(dsa__cu_max(n_rows, 1), 65535));
+    c->tile = most;                                      /* the workspace has room for `most`: what serves many rows serves fewer */
+    if (most < n_rows && most > 8) {                     /* tiles of about equal size, whole blocks of rows each */
+        int64_t n = (n_rows + most - 1) / most;
+        c->tile = dsa__cu_min(most / 8 * 8, ((n_rows + n - 1) / n + 7) / 8 * 8);
     }
-    c->x = (unsigned char *)dsa__cu_take(arena, c->tile, (int64_t)c->n_heads * c->pool.dim * dsa__cu_key_bytes(c->pool.format), 1);
-    c->v = (float *)dsa__cu_take(arena, c->tile, c->n_heads, 4);
+    c->x = (unsigned char *)dsa__cu_take(arena, most, (int64_t)c->n_heads * c->pool.dim * dsa__cu_key_bytes(c->pool.format), 1);
+    c->v = (float *)dsa__cu_take(arena, most, c->n_heads, 4);
     memset(&c->bounds, 0, sizeof c->bounds);
     if (c->fast || c->fast_select) {
-        c->bounds.lo = (int32_t *)dsa__cu_take(arena, c->tile, 1, 4);
-        c->bounds.hi = (int32_t *)dsa__cu_take(arena, c->tile, 1, 4);
-        c->bounds.end = (int32_t *)dsa__cu_take(arena, c->tile, 1, 4);
-        c->bounds.seq = (int32_t *)dsa__cu_take(arena, c->ranges.batch.first ? c->tile : 0, 1, 4);
+        c->bounds.lo = (int32_t *)dsa__cu_take(arena, most, 1, 4);
+        c->bounds.hi = (int32_t *)dsa__cu_take(arena, most, 1, 4);
+        c->bounds.end = (int32_t *)dsa__cu_take(arena, most, 1, 4);
+        c->bounds.seq = (int32_t *)dsa__cu_take(arena, c->ranges.batch.first ? most : 0, 1, 4);
         if (!c->ranges.batch.first) c->bounds.seq = NULL;
     }
     if (!c->select) return;
-    c->scores = (float *)dsa__cu_take(arena, c->tile, c->stride, 4);
-    if (c->fast_select) c->topk = dsa__cu_take(arena, 1, (int64_t)dsa__cu_topk_most(g, c->tile, c->n_cols, c->sel.k), 1);
-    else c->sel.sort = (uint64_t *)dsa__cu_take(arena, c->tile, dsa__cu_sort_bytes(&c->sel), 1);
+    c->scores = (float *)dsa__cu_take(arena, most, c->stride, 4);
+    if (c->fast_select) c->topk = dsa__cu_take(arena, 1, (int64_t)dsa__cu_topk_most(g, most, c->n_cols, c->sel.k), 1);
+    else c->sel.sort = (uint64_t *)dsa__cu_take(arena, most, dsa__cu_sort_bytes(&c->sel), 1);
 }
 
 /* Prepared queries that the fast kernel may read where they are. */
@@ -3418,7 +3513,8 @@ static void dsa__cu_attend_place(const dsa__cu *g, dsa__cu_attend *a, dsa__cu_ar
         a->lse = (float *)dsa__cu_take(arena, heads, 1, 4);
         a->max_logit = (float *)dsa__cu_take(arena, heads, 1, 4);
     }
-    *parts = (float *)dsa__cu_take(arena, 1, (int64_t)dsa__cu_attend_plan(g, a), 1);
+    *parts = (float *)dsa__cu_take(arena, 1, (int64_t)dsa__cu_attend_most(g, a), 1);
+    (void)dsa__cu_attend_plan(g, a);
 }
 
 /* n 0: nothing to convert. */

@@ -1735,36 +1735,31 @@ typedef struct dsa__cu_attend {
 } dsa__cu_attend;
 
 typedef struct dsa__cu_entries {
-    const unsigned char *data;
     const int32_t *list, *table;
-    int64_t begin, limit;                                /* first position of a range; valid are [0, limit) */
-    int32_t count, shift;                                /* entries; log2 page_size, or -1 */
+    uint32_t limit;                                      /* valid are [0, limit): at most 2^31, so negative entries fail the same comparison */
+    int32_t begin, count, shift;                         /* first position of a range; entries; log2 page_size, or -1 */
 } dsa__cu_entries;
 
 static __device__ __forceinline__ dsa__cu_entries dsa__cu_entries_of(const dsa__cu_attend &A, int64_t row)
 {
     dsa__cu_seen r = dsa__cu_row_of(A.batch, row);
-    const int64_t room = A.pool.n_blocks * A.pool.page_size;
+    int64_t limit = min(r.len, A.pool.n_blocks * A.pool.page_size), begin = 0, end = r.visible;
     dsa__cu_entries e;
-    e.data = A.pool.data;
-    e.table = A.pool.tables ? A.pool.tables + r.seq * A.pool.n_blocks : NULL;
+    e.table = A.pool.tables && !(A.physical && A.what == DSA_ATTEND_LIST) ? A.pool.tables + r.seq * A.pool.n_blocks : NULL;
     e.list = NULL;
-    e.begin = 0;
-    e.limit = r.len < room ? r.len : room;
     e.shift = (A.pool.page_size & (A.pool.page_size - 1)) == 0 ? 31 - __clz(A.pool.page_size) : -1;
     if (A.what == DSA_ATTEND_LIST) {
         e.list = A.indices + row * A.index_stride;
-        e.count = A.counts ? (int32_t)dsa__cu_clamp(A.counts[row], 0, A.k) : A.k;
-        if (A.limits) e.limit = dsa__cu_clamp(A.limits[row], 0, e.limit);
-        if (A.physical) { e.limit = A.pool.n_pages * A.pool.page_size; e.table = NULL; }
-    } else {
-        int64_t end = r.visible;
-        if (A.what == DSA_ATTEND_RANGE) {
-            e.begin = dsa__cu_clamp(A.ks[row], 0, r.len);
-            end = dsa__cu_clamp(A.ke[row], e.begin, r.len);
-        }
-        e.count = (int32_t)dsa__cu_clamp(end - e.begin, 0, A.k);
+        end = A.counts ? A.counts[row] : A.k;
+        if (A.limits) limit = dsa__cu_clamp(A.limits[row], 0, limit);
+        if (A.physical) limit = min(A.pool.n_pages * A.pool.page_size, (int64_t)1 << 31);
+    } else if (A.what == DSA_ATTEND_RANGE) {
+        begin = dsa__cu_clamp(A.ks[row], 0, r.len);
+        end = dsa__cu_clamp(A.ke[row], begin, r.len);
     }
+    e.limit = (uint32_t)limit;
+    e.begin = (int32_t)begin;
+    e.count = (int32_t)dsa__cu_clamp(end - begin, 0, A.k);
     return e;
 }
 
@@ -1781,20 +1776,20 @@ static __device__ __forceinline__ int32_t dsa__cu_load4(const int32_t *from, int
 static __device__ __forceinline__ int32_t dsa__cu_entry_before(const dsa__cu_entries &e, int i, int end)
 {
     const int on = i < end;
-    return dsa__cu_load4(e.list + i, on && e.list, on && !e.list ? (int32_t)(e.begin + i) : -1);
+    return dsa__cu_load4(e.list + i, on && e.list, on && !e.list ? e.begin + i : -1);
 }
 
 /* What entry i says; -1 behind the last. */
 static __device__ __forceinline__ int32_t dsa__cu_entry(const dsa__cu_entries &e, int i)
 {
-    return i >= e.count ? -1 : e.list ? __ldg(e.list + i) : (int32_t)(e.begin + i);
+    return i >= e.count ? -1 : e.list ? __ldg(e.list + i) : e.begin + i;
 }
 
 
 /* The page of an entry; what is not in [0, n_pages) is none. */
 static __device__ __forceinline__ int32_t dsa__cu_entry_page(const dsa__cu_attend &A, const dsa__cu_entries &e, int32_t at)
 {
-    const int on = at >= 0 && at < e.limit;
+    const int on = (uint32_t)at < e.limit;
     const uint32_t block = e.shift >= 0 ? (uint32_t)at >> e.shift : (uint32_t)at / (uint32_t)A.pool.page_size;
     return dsa__cu_load4(e.table + block, on && e.table, on && !e.table ? (int32_t)block : -1);
 }
@@ -1805,14 +1800,14 @@ static __device__ __forceinline__ const unsigned char *dsa__cu_row_in(const dsa_
 {
     const uint32_t size = (uint32_t)A.pool.page_size, offset = e.shift >= 0 ? (uint32_t)at & (size - 1) : (uint32_t)at % size;
     if (page < 0 || page >= A.pool.n_pages) return NULL;
-    return e.data + (uint32_t)page * A.pool.page_stride + offset * A.pool.row_stride;
+    return A.pool.data + (uint32_t)page * A.pool.page_stride + offset * A.pool.row_stride;
 }
 
 /* The row that an entry names, or NULL. */
 static __device__ __forceinline__ const unsigned char *dsa__cu_row(const dsa__cu_attend &A, const dsa__cu_entries &e, int32_t at)
 {
     uint32_t page, offset;
-    if (at < 0 || at >= e.limit) return NULL;
+    if ((uint32_t)at >= e.limit) return NULL;
     page = e.shift >= 0 ? (uint32_t)at >> e.shift : (uint32_t)at / (uint32_t)A.pool.page_size;
     offset = (uint32_t)at - page * (uint32_t)A.pool.page_size;
     if (e.table) {
@@ -1820,7 +1815,7 @@ static __device__ __forceinline__ const unsigned char *dsa__cu_row(const dsa__cu
         if (p < 0 || p >= A.pool.n_pages) return NULL;
         page = (uint32_t)p;
     }
-    return e.data + page * A.pool.page_stride + offset * A.pool.row_stride;
+    return A.pool.data + page * A.pool.page_stride + offset * A.pool.row_stride;
 }
 
 /* dsa__exp of dsa.h, operation by operation. */
@@ -2049,7 +2044,7 @@ typedef struct dsa__cu_ahead { uint64_t now; uint32_t low, high; } dsa__cu_ahead
 /* The lines of a row. */
 static __device__ __forceinline__ void dsa__cu_prefetch(const unsigned char *row, int bytes)
 {
-    if (row) for (int i = 0; i < bytes + 127; i += 128) asm volatile("prefetch.global.L2 [%0];" :: "l"(row + (i < bytes ? i : bytes - 1)));
+    if (row && bytes > 0) for (int i = 0; i < bytes + 127; i += 128) asm volatile("prefetch.global.L2 [%0];" :: "l"(row + (i < bytes ? i : bytes - 1)));
 }
 
 /* at: the entry of this lane's leaf among the first N; those from `end` on are not wanted. */
@@ -2266,8 +2261,8 @@ static __global__ void __launch_bounds__(256, 1) dsa__cu_attend_portable(const _
     const int mine = tid >> 3, piece = tid & 7;
     const uint32_t tile = dsa__cu_smem(smem), raw = tile + S::at_raw;
     const int raw_bytes = R + (R + 127) / 128 * 4 + 2 * r;
-    const bool wide = (((uintptr_t)E.data | A.pool.row_stride | A.pool.page_stride) & 15) == 0;
-    const int row_bytes = FP8 ? raw_bytes : 2 * D, end = min(last * LEAF, E.count);
+    const bool wide = (((uintptr_t)A.pool.data | A.pool.row_stride | A.pool.page_stride) & 15) == 0;
+    const int row_bytes = FP8 ? raw_bytes : 0, end = min(last * LEAF, E.count);          /* bf16 rows are fetched a leaf ahead: 9 % slower with it */
     dsa__cu_ahead ahead = dsa__cu_ahead_begin(A, E, (first + piece) * LEAF + mine, end);
     auto fetch = [&](int leaf) {                                            /* issues the copies of a leaf */
         const int slot = leaf & 1;
@@ -2275,11 +2270,15 @@ static __global__ void __launch_bounds__(256, 1) dsa__cu_attend_portable(const _
             dsa__cu_ahead_step<8>(A, E, ahead, leaf - first, (first + ((leaf - first) & ~7) + 8 + piece) * LEAF + mine, end, row_bytes);
             const unsigned char *from = dsa__cu_ahead_row<8>(ahead, leaf - first);
             const int on = from != NULL;
-            if (!on) from = E.data;
+            if (!on) from = A.pool.data;
             if (piece == 0) valid[(leaf & 3) * LEAF + mine] = (unsigned char)on;
             if (FP8) {
                 uint32_t to = raw + mine * S::raw_row;
-                if (wide) for (int i = piece * 16; i < raw_bytes; i += 128) {
+                if (MLA && wide) {                       /* 656 bytes: five pieces each, one more for the first thread */
+#pragma unroll
+                    for (int i = 0; i < 5; i++) dsa__cu_copy16(to + piece * 16 + 128 * i, from + piece * 16 + 128 * i, on);
+                    if (piece == 0) dsa__cu_copy16(to + 640, from + 640, on);
+                } else if (wide) for (int i = piece * 16; i < raw_bytes; i += 128) {
                     if (i + 16 <= raw_bytes) dsa__cu_copy16(to + i, from + i, on);
                     else for (int j = i; j < raw_bytes; j += 4) dsa__cu_copy4(to + j, from + j, on);
                 }
@@ -2360,11 +2359,13 @@ static __global__ void __launch_bounds__(256, 1) dsa__cu_attend_portable(const _
 
         /* scores of 16 heads x 8 keys: three sums, for a third of the chain of dependent products */
         float sum[3][4] = { { 0.0f, 0.0f, 0.0f, 0.0f }, { 0.0f, 0.0f, 0.0f, 0.0f }, { 0.0f, 0.0f, 0.0f, 0.0f } };
+        /* unit 2 s + lane / 8 lies at its own XOR key % 8: two addresses, 128 bytes apart for each further four steps */
         const int key = w * 8 + (lane & 7);
+        const uint32_t at0 = rows + key * S::row + (((lane >> 3) ^ (key & 7)) << 4), at1 = at0 ^ 64;
 #pragma unroll
         for (int s = 0; s < STEPS; s += 2) {
             uint32_t b[4];
-            dsa__cu_ldmatrix(b, rows + key * S::row + (((2 * s + (lane >> 3)) ^ (key & 7)) << 4));
+            dsa__cu_ldmatrix(b, (s & 2 ? at1 : at0) + (s >> 2) * 128);
             dsa__cu_mma(sum[s % 3], q[s], b[0], b[1]);
             dsa__cu_mma(sum[(s + 1) % 3], q[s + 1], b[2], b[3]);
         }
@@ -2481,7 +2482,7 @@ static __global__ void __launch_bounds__(256, 1) dsa__cu_attend_portable(const _
 
 struct dsa__cu_hopper_smem {
     static constexpr int q = 0, tile = 9 * DSA__CU_CHUNK, kv = tile, swap = 3 * tile, bars = swap + 4 * 128 * 8, valid = bars + 128;
-    static constexpr int bytes = valid + 32;
+    static constexpr int bytes = valid + 64;
 };
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -2587,6 +2588,15 @@ static __device__ __forceinline__ void dsa__cu_prefetch_fp8(const unsigned char 
     asm volatile("{ .reg .pred p; setp.ne.b64 p, %0, 0; @p prefetch.global.L2 [%0 + 0]; }" :: "l"(row ? row + 128 * u : row));
     asm volatile("{ .reg .pred p; setp.ne.b64 p, %0, 0; @p prefetch.global.L2 [%0 + 0]; }" :: "l"(row && u < 2 ? row + 512 + 128 * u
         : NULL));
+}
+
+/* Which rows of tile w are there, as the producer's warps wrote it. */
+template <bool TWO> static __device__ __forceinline__ uint64_t dsa__cu_valid(uint32_t at, int w)
+{
+    const uint4 x = dsa__cu_read16(at + (TWO ? 32 : 16) * w);
+    if (!TWO) return (uint64_t)(x.z | x.w << 16) << 32 | (x.x | x.y << 16);
+    const uint4 y = dsa__cu_read16(at + 32 * w + 16);
+    return (uint64_t)(y.x | y.y << 8 | y.z << 16 | y.w << 24) << 32 | (x.x | x.y << 8 | x.z << 16 | x.w << 24);
 }
 
 /* The end of a block that saw the whole list: O / (L + sink) of warpgroup w's half of the columns,
@@ -2695,8 +2705,8 @@ static __device__ __forceinline__ void dsa__cu_cluster_sync(void)
 {
     asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
-/* q of a unit into its place, by the 128 threads of the producer. It is free once both warpgroups have scored the last leaf before. */
-template <int ROPE>
+/* q of a unit into its place, by the W warps of the producer. It is free once both warpgroups have scored the last leaf before. */
+template <int ROPE, int W>
 static __device__ __forceinline__ void dsa__cu_produce_q(const dsa__cu_attend &A, const dsa__cu_unit &U, uint32_t base, uint32_t q_full,
     uint32_t q_free, int turn)
 {
@@ -2705,7 +2715,7 @@ static __device__ __forceinline__ void dsa__cu_produce_q(const dsa__cu_attend &A
     const __nv_bfloat16 *q = A.q16 + ((int64_t)U.row * A.n_heads + U.group * 64) * DIM + u * 8;
     if (turn) dsa__cu_bar_wait(q_free, (turn + 1) & 1);
 #pragma unroll 1
-    for (int r = (threadIdx.x & 127) >> 3; r < 64; r += 16) {
+    for (int r = (threadIdx.x - 256) >> 3; r < 64; r += 4 * W) {
         const int on = U.group * 64 + r < A.n_heads;
         const __nv_bfloat16 *from = on ? q + (int64_t)r * DIM : A.q16;
         const uint32_t to = base + r * 128 + ((u ^ (r & 7)) << 4);
@@ -2730,7 +2740,7 @@ static __device__ __forceinline__ void dsa__cu_produce_bf16(const dsa__cu_attend
         int32_t next[8];
 #pragma unroll
         for (int j = 0; j < 8; j++) next[j] = dsa__cu_entry(E, U.first * 128 + (j >> 2) * 64 + 16 * p + 4 * (j & 3) + sub);
-        dsa__cu_produce_q<ROPE>(A, U, kv - dsa__cu_hopper_smem::kv, empty + 72, empty + 80, turn++);
+        dsa__cu_produce_q<ROPE, 4>(A, U, kv - dsa__cu_hopper_smem::kv, empty + 72, empty + 80, turn++);
         for (int i = 0; i < U.n; i++, it++) {
             const unsigned char *from[8];
             uint32_t bits[2] = { 0, 0 }, on = 0;
@@ -2740,7 +2750,7 @@ static __device__ __forceinline__ void dsa__cu_produce_bf16(const dsa__cu_attend
                 uint32_t v = __ballot_sync(~0u, from[j] != NULL);
                 bits[j >> 2] |= ((v & 1) | (v >> 7 & 2) | (v >> 14 & 4) | (v >> 21 & 8)) << (4 * (j & 3));
                 on |= (uint32_t)(from[j] != NULL) << j;
-                from[j] = (from[j] ? from[j] : E.data) + unit16 * 16;
+                from[j] = (from[j] ? from[j] : A.pool.data) + unit16 * 16;
             }
 #pragma unroll
             for (int j = 0; j < 8; j++) next[j] = dsa__cu_entry(E, (U.first + i + 1) * 128 + (j >> 2) * 64 + 16 * p + 4 * (j & 3) + sub);
@@ -2769,37 +2779,38 @@ static __device__ __forceinline__ void dsa__cu_produce_bf16(const dsa__cu_attend
     }
 }
 
-/* FP8: SLOTS rows of a leaf per thread, 4, or 2 in a cluster (tile `rank`, written to both blocks). v: the values of the next 4 / SLOTS
-   groups of chunks, on their way while others are widened. */
+/* FP8: four lanes share a row. 4 warps have SLOTS = 4 rows each, PER of either tile; in a cluster 8 warps have one row of tile `rank`, which
+   goes to both blocks: widening waits for its own results, not for the units, so warps help (128 rows: 242 -> 217 us). v: the values of the
+   next AHEAD groups of chunks, on their way while others are widened. */
 template <int ROPE, bool SPLIT, bool TWO>
 static __device__ __forceinline__ void dsa__cu_produce_fp8(const dsa__cu_attend &A, uint32_t kv, uint32_t full, uint32_t empty,
     uint32_t valid)
 {
-    constexpr int SLOTS = TWO ? 2 : 4, AHEAD = 4 / SLOTS;
-    const int lane = threadIdx.x & 31, p = (threadIdx.x >> 5) & 3, sub = lane >> 2, u = lane & 3;
+    constexpr int W = TWO ? 8 : 4, PER = 8 / W, SLOTS = TWO ? 1 : 4, AHEAD = TWO ? 2 : 1;
+    const int lane = threadIdx.x & 31, p = (threadIdx.x >> 5) - 8, sub = lane >> 2, u = lane & 3;
     const uint32_t rank = TWO ? blockIdx.x & 1 : 0;
-    const uint32_t to = kv + rank * dsa__cu_hopper_smem::tile + (16 * p + sub) * 128, to0 = to + (((2 * u) ^ sub) << 4),
+    const uint32_t to = kv + rank * dsa__cu_hopper_smem::tile + (8 * PER * p + sub) * 128, to0 = to + (((2 * u) ^ sub) << 4),
         to1 = to + (((2 * u + 1) ^ sub) << 4);
-    const uint32_t warp16 = kv + rank * dsa__cu_hopper_smem::tile + 16 * p * 128;                          /* a warp's 16 rows of chunk 0 */
-    const uint32_t far16 = TWO ? dsa__cu_peer(warp16, rank ^ 1) : 0, far_full = TWO ? dsa__cu_peer(full, rank ^ 1) : 0;
+    const uint32_t warp8 = kv + rank * dsa__cu_hopper_smem::tile + 8 * PER * p * 128;                      /* a warp's 8 rows of chunk 0 */
+    const uint32_t far8 = TWO ? dsa__cu_peer(warp8, rank ^ 1) : 0, far_full = TWO ? dsa__cu_peer(full, rank ^ 1) : 0;
     uint32_t it = 0;
     int turn = 0;
     for (int unit = blockIdx.x; unit < A.n_units; unit += gridDim.x) {
         const dsa__cu_entries E = dsa__cu_entries_of(A, dsa__cu_unit_row(A, unit));
         const dsa__cu_unit U = dsa__cu_unit_of<SPLIT>(A, unit, E.count);
         uint4 v[AHEAD][SLOTS][2], scale[SLOTS], rope[TWO ? SLOTS : 1][2];
-        const unsigned char *row[SLOTS];                 /* slot s: row 16 p + 8 (s % 2) + sub of tile rank + s / 2 */
+        const unsigned char *row[SLOTS];                 /* slot s: row 8 (PER p + s % PER) + sub of tile rank + s / PER */
         int32_t next[SLOTS];
 #pragma unroll
-        for (int s = 0; s < SLOTS; s++) next[s] = dsa__cu_entry(E, U.first * 128 + (rank + (s >> 1)) * 64 + 16 * p + 8 * (s & 1) + sub);
+        for (int s = 0; s < SLOTS; s++) next[s] = dsa__cu_entry(E, U.first * 128 + (rank + s / PER) * 64 + 8 * (PER * p + s % PER) + sub);
         /* while the list is on its way */
-        dsa__cu_produce_q<ROPE>(A, U, kv - dsa__cu_hopper_smem::kv, empty + 72, empty + 80, turn++);
+        dsa__cu_produce_q<ROPE, W>(A, U, kv - dsa__cu_hopper_smem::kv, empty + 72, empty + 80, turn++);
 #pragma unroll
         for (int s = 0; s < SLOTS; s++) row[s] = dsa__cu_row(A, E, next[s]);
         if (U.n <= 0) continue;
 #pragma unroll
         for (int s = 0; s < SLOTS; s++) {
-            next[s] = dsa__cu_entry(E, (U.first + 1) * 128 + (rank + (s >> 1)) * 64 + 16 * p + 8 * (s & 1) + sub);
+            next[s] = dsa__cu_entry(E, (U.first + 1) * 128 + (rank + s / PER) * 64 + 8 * (PER * p + s % PER) + sub);
             dsa__cu_prefetch_fp8(row[s], u);
         }
 #pragma unroll
@@ -2822,18 +2833,18 @@ static __device__ __forceinline__ void dsa__cu_produce_fp8(const dsa__cu_attend 
             for (int s = 0; s < SLOTS; s++) {
                 uint32_t ball = __ballot_sync(~0u, row[s] != NULL && u == 0);
 #pragma unroll
-                for (int j = 0; j < 8; j++) bits[s >> 1] |= (ball >> (4 * j) & 1) << (8 * (s & 1) + j);
+                for (int j = 0; j < 8; j++) bits[s / PER] |= (ball >> (4 * j) & 1) << (8 * (s % PER) + j);
             }
             if (it > 0) dsa__cu_bar_wait(empty + 64, (it + 1) & 1);
             if (ROPE) {
 #pragma unroll
                 for (int s = 0; s < SLOTS; s++) {
-                    const int at = (s >> 1) * dsa__cu_hopper_smem::tile + 8 * DSA__CU_CHUNK + (s & 1) * 1024;
+                    const int at = s / PER * dsa__cu_hopper_smem::tile + 8 * DSA__CU_CHUNK + s % PER * 1024;
                     if (TWO) {
                         dsa__cu_store16(to0 + at, rope[s][0]);
                         dsa__cu_store16(to1 + at, rope[s][1]);
                     } else {
-                        const unsigned char *from = row[s] ? row[s] + 528 + 32 * u : E.data;
+                        const unsigned char *from = row[s] ? row[s] + 528 + 32 * u : A.pool.data;
                         dsa__cu_copy16(to0 + at, from, row[s] != NULL);
                         dsa__cu_copy16(to1 + at, from + 16, row[s] != NULL);
                     }
@@ -2842,8 +2853,8 @@ static __device__ __forceinline__ void dsa__cu_produce_fp8(const dsa__cu_attend 
             }
             if (lane == 0) {
 #pragma unroll
-                for (int t = 0; t < SLOTS / 2; t++) {
-                    const uint32_t at = valid + 16 * (rank + t) + 4 * p;
+                for (int t = 0; t < SLOTS / PER; t++) {
+                    const uint32_t at = valid + 4 * W * (rank + t) + 4 * p;
                     asm volatile("st.shared.u32 [%0], %1;" :: "r"(at), "r"(bits[t]) : "memory");
                     if (TWO) dsa__cu_peer_store4(dsa__cu_peer(at, rank ^ 1), bits[t], far_full);
                 }
@@ -2855,7 +2866,7 @@ static __device__ __forceinline__ void dsa__cu_produce_fp8(const dsa__cu_attend 
                     for (int s = 0; s < SLOTS; s++) row[s] = i + 1 < U.n ? dsa__cu_row(A, E, next[s]) : NULL;
 #pragma unroll
                     for (int s = 0; s < SLOTS; s++) {
-                        next[s] = dsa__cu_entry(E, (U.first + i + 2) * 128 + (rank + (s >> 1)) * 64 + 16 * p + 8 * (s & 1) + sub);
+                        next[s] = dsa__cu_entry(E, (U.first + i + 2) * 128 + (rank + s / PER) * 64 + 8 * (PER * p + s % PER) + sub);
                         if (!TWO) dsa__cu_prefetch_fp8(row[s], u);
                     }
                 }
@@ -2871,7 +2882,7 @@ static __device__ __forceinline__ void dsa__cu_produce_fp8(const dsa__cu_attend 
                         const float f = __uint_as_float(x ? g < 2 ? scale[s].z : scale[s].w : g < 2 ? scale[s].x : scale[s].y);
                         const uint2 a0 = dsa__cu_widen4(y.x, f), a1 = dsa__cu_widen4(y.y, f), a2 = dsa__cu_widen4(y.z, f),
                             a3 = dsa__cu_widen4(y.w, f);
-                        const int at = (s >> 1) * dsa__cu_hopper_smem::tile + (g + 4 * x) * DSA__CU_CHUNK + (s & 1) * 1024;
+                        const int at = s / PER * dsa__cu_hopper_smem::tile + (g + 4 * x) * DSA__CU_CHUNK + s % PER * 1024;
                         v[g % AHEAD][s][x] = dsa__cu_load16(row[s] + 256 * x + (g + AHEAD) % 4 * 64 + 16 * u, row[s] != NULL);
                         dsa__cu_store16(to0 + at, make_uint4(a0.x, a0.y, a1.x, a1.y));
                         dsa__cu_store16(to1 + at, make_uint4(a2.x, a2.y, a3.x, a3.y));
@@ -2888,11 +2899,11 @@ static __device__ __forceinline__ void dsa__cu_produce_fp8(const dsa__cu_attend 
                 __syncwarp();
                 if (TWO && lane < (g == 0 && ROPE ? 3 : 2)) {
                     const uint32_t at = (lane == 2 ? 8 : g + 4 * lane) * DSA__CU_CHUNK;
-                    dsa__cu_peer_copy(far16 + at, warp16 + at, 2048, far_full + 8 * g);
+                    dsa__cu_peer_copy(far8 + at, warp8 + at, 1024, far_full + 8 * g);
                 }
-                /* a warp of the other block sends 16 rows of two chunks; with the first the rope and the bits */
+                /* a warp of the other block sends 8 rows of two chunks; with the first the rope and the bits */
                 if (lane == 0) {
-                    if (TWO) dsa__cu_bar_arrive_expect(full + 8 * g, 4096 + (g ? 0 : 16 * 2 * ROPE + 4));
+                    if (TWO) dsa__cu_bar_arrive_expect(full + 8 * g, 2048 + (g ? 0 : 8 * 2 * ROPE + 4));
                     else dsa__cu_bar_arrive(full + 8 * g);
                 }
             }
@@ -2901,19 +2912,19 @@ static __device__ __forceinline__ void dsa__cu_produce_fp8(const dsa__cu_attend 
 }
 
 template <int ROPE, bool FP8, bool SPLIT, bool TWO>
-static __global__ void __launch_bounds__(384, 1) dsa__cu_attend_hopper(const __grid_constant__ dsa__cu_attend A)
+static __global__ void __launch_bounds__(TWO ? 512 : 384, 1) dsa__cu_attend_hopper(const __grid_constant__ dsa__cu_attend A)
 {
     using S = dsa__cu_hopper_smem;
     extern __shared__ __align__(1024) unsigned char smem[];
     const uint32_t base = dsa__cu_smem(smem), kv = base + S::kv, full = base + S::bars, empty = full + 32;
-    uint32_t *valid = (uint32_t *)(smem + S::valid);                        /* [2][4] x 16 bits */
+    uint32_t *valid = (uint32_t *)(smem + S::valid);                        /* of a producer's warp: [2][4] x 16 bits, TWO [2][8] x 8 */
     const uint32_t q_full = empty + 72, q_free = empty + 80;
     const int tid = threadIdx.x, lane = tid & 31, w = __shfl_sync(~0u, tid >> 7, 0);
 
     if (tid == 0) {
-        dsa__cu_bar_init(q_full, 128);
+        dsa__cu_bar_init(q_full, TWO ? 256 : 128);
         dsa__cu_bar_init(q_free, 8);
-        for (int i = 0; i < 4; i++) dsa__cu_bar_init(full + 8 * i, FP8 ? 4 + (!TWO && ROPE && i == 0 ? 128 : 0) : i ? 128 : 132);
+        for (int i = 0; i < 4; i++) dsa__cu_bar_init(full + 8 * i, FP8 ? (TWO ? 8 : 4) + (!TWO && ROPE && i == 0 ? 128 : 0) : i ? 128 : 132);
         for (int i = 0; i < 9; i++) dsa__cu_bar_init(empty + 8 * i, (i < 8 ? 4 : 8) * (TWO ? 2 : 1));
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -2922,12 +2933,12 @@ static __global__ void __launch_bounds__(384, 1) dsa__cu_attend_hopper(const __g
     dsa__cu_wait_launch();
     if (SPLIT) dsa__cu_let_launch();                     /* the merge may take its place; it waits for our end */
 
-    if (w == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(FP8 && !TWO ? 104 : 88));
+    if (w >= 2) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(TWO ? 56 : FP8 ? 104 : 88));
         if (FP8) dsa__cu_produce_fp8<ROPE, SPLIT, TWO>(A, kv, full, empty, base + S::valid);
         else     dsa__cu_produce_bf16<ROPE, SPLIT>(A, kv, full, empty, valid);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(FP8 && !TWO ? 200 : 208));
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(FP8 ? 200 : 208));
         constexpr int DIM = 512 + ROPE;
         /* the maximum is taken before the scale, so that must be positive */
         const bool flip = A.scale < 0.0f;
@@ -2974,8 +2985,7 @@ static __global__ void __launch_bounds__(384, 1) dsa__cu_attend_hopper(const __g
                         __syncwarp();
                         if (lane == 0) dsa__cu_bar_arrive(q_free);
                     }
-                    const uint4 set = dsa__cu_read16(base + S::valid + 16 * w);
-                    const uint64_t all = (uint64_t)(set.z | set.w << 16) << 32 | (set.x | set.y << 16);
+                    const uint64_t all = dsa__cu_valid<TWO>(base + S::valid, w);
                     if (flip) {
 #pragma unroll
                         for (int j = 0; j < 32; j++) s[j] = -s[j];
@@ -3175,7 +3185,7 @@ static cudaError_t dsa__cu_attend_run(const dsa__cu *g, const dsa__cu_attend *ca
         const int groups = (A.n_heads + 63) / 64, two = fp8 && groups == 2;
         const int64_t all = grid < g->n_sm ? grid : two ? g->n_sm & ~1 : g->n_sm;                    /* blocks that stay */
         A.n_units = (int32_t)grid;
-#define DSA__CU_GO(ROPE, F, SP, TWO) dsa__cu_launch(dsa__cu_attend_hopper<ROPE, F, SP, TWO>, dim3((unsigned)all), 384, \
+#define DSA__CU_GO(ROPE, F, SP, TWO) dsa__cu_launch(dsa__cu_attend_hopper<ROPE, F, SP, TWO>, dim3((unsigned)all), TWO ? 512 : 384, \
         dsa__cu_hopper_smem::bytes, stream, 1, TWO ? 2 : 1, args)
 #define DSA__CU_GO6(ROPE) !fp8 ? split ? DSA__CU_GO(ROPE, false, true, false) : DSA__CU_GO(ROPE, false, false, false) \
         : two ? split ? DSA__CU_GO(ROPE, true, true, true) : DSA__CU_GO(ROPE, true, false, true) \

@@ -38,6 +38,7 @@
 typedef struct dsa__cu {
     dsa_cuda hooks;                                      /* first: a dsa_cuda is one of these */
     int32_t device, n_sm, shared;                        /* shared: memory of a block, most */
+    int32_t cluster;                                     /* blocks of the largest cluster: 16, or 0 */
     int32_t overlap;                                     /* kernels wait for those before them: programmatic dependent launch */
     dsa_cuda_path path;
     cudaStream_t stream;                                 /* of host-level calls */
@@ -1612,6 +1613,303 @@ __global__ void __launch_bounds__(DSA__CU_TOPK_THREADS) dsa__cu_topk_by_rank(int
     }
 }
 
+/* ---- a few long rows (Hopper): a cluster of blocks holds a row in registers ---------------------------- */
+/* What a launch less costs is what this saves: no list of candidates in global memory, no counters, no last block. Blocks tell each
+   other what they found by st.async, which counts itself off at the receiver's barrier: no fence, no barrier of the cluster.
+   1. Groups of about n / k scores: the least of their maxima has at least k scores at or above it. 2. A histogram of the keys from there
+   to the largest, 2048 bins of equal width: each block adds up its share of the bins, and sends the sums to all. 3. The few keys of the
+   bin with the cut go to all, who find the cut and know how many each block selects; if there are many, that bin becomes 2048 bins. */
+#define DSA__CU_ROW_THREADS 1024
+#define DSA__CU_ROW_LIST 64                              /* most keys of the cut's bin that are listed */
+
+struct dsa__cu_row_args {
+    const float   *I;
+    int64_t        ldi;
+    const int32_t *lo, *hi;                              /* NULL: ks, ke */
+    const int32_t *ks, *ke;                              /* NULL: 0, n */
+    int32_t        n, k, fallback;
+    int32_t       *indices;
+    float         *scores;
+    int32_t       *found;
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
+static __device__ __forceinline__ uint32_t dsa__cu_remote(uint32_t at, uint32_t rank)
+{
+    uint32_t to;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(at), "r"(rank));
+    return to;
+}
+
+static __device__ __forceinline__ void dsa__cu_send16(uint32_t to, uint4 v, uint32_t bar)
+{
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" :: "r"(to), "r"(v.x),
+        "r"(v.y), "r"(v.z), "r"(v.w), "r"(bar) : "memory");
+}
+
+/* What the other blocks of the cluster send: `bytes` in each turn. */
+static __device__ __forceinline__ void dsa__cu_expect(uint32_t bar, uint32_t bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory");
+}
+
+/* The acquire is the cluster's: the stores are remote ones. */
+static __device__ __forceinline__ void dsa__cu_receive(uint32_t bar, uint32_t phase)
+{
+    uint32_t ok = 0;
+#ifdef DSA__CU_BOUNDED
+    uint32_t spin = 0;
+#endif
+    while (!ok) {
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+            : "=r"(ok) : "r"(bar), "r"(phase) : "memory");
+#ifdef DSA__CU_BOUNDED
+        if (++spin > 2000000) __trap();
+#endif
+    }
+}
+
+/* C blocks, ITEMS scores of a thread. */
+template <int C, int ITEMS>
+__global__ void __launch_bounds__(DSA__CU_ROW_THREADS, 1) dsa__cu_topk_row(dsa__cu_row_args a)
+{
+    constexpr int T = DSA__CU_ROW_THREADS, Q = ITEMS / 4, BINS = 2048, OWN = BINS / C, L = DSA__CU_ROW_LIST;
+    __shared__ __align__(16) uint32_t hist[BINS], part[BINS / 2], owned[OWN], whole[BINS], lists[C][4 + L], mine[4 + L];
+    __shared__ __align__(16) uint4 ranges[C];
+    __shared__ __align__(8) uint64_t bars[4];
+    __shared__ uint32_t sums[32], least[32], most[32], n_groups, bin[3], cut[4], compact[L], steps[Q * 32];
+    const int32_t tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+    const uint32_t rank = blockIdx.x % C;
+    const int64_t row = blockIdx.x / C;
+    const uint32_t bar = dsa__cu_smem(bars);
+    const int32_t k = a.k;
+    dsa__cu_let_launch();
+    if (tid == 0) {
+        for (int i = 0; i < 4; i++) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(bar + 8 * i) : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        dsa__cu_expect(bar, 16 * C);
+        dsa__cu_expect(bar + 8, BINS * 2);
+        dsa__cu_expect(bar + 16, BINS * 4);
+        dsa__cu_expect(bar + 24, 4 * (4 + L) * C);
+        n_groups = 0;
+        cut[0] = cut[1] = cut[2] = cut[3] = 0;
+    }
+    for (int i = tid; i < BINS; i += T) hist[i] = 0;
+    __syncthreads();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    dsa__cu_wait_launch();
+    int32_t lo = 0, hi = a.n;
+    if (a.lo) { lo = a.lo[row]; hi = a.hi[row]; }
+    else if (a.ks) { lo = min(max(a.ks[row], 0), a.n); hi = min(max(a.ke[row], lo), a.n); }
+    hi = max(lo, hi);
+    const int32_t n = hi - lo;
+    int32_t *indices = a.indices + row * k;
+    float *scores = a.scores ? a.scores + row * k : NULL;
+    if (a.fallback && n <= k) {                          /* the dense fallback (contracts): nothing was scored */
+        for (int32_t i = (int32_t) rank * T + tid; i < k; i += C * T) indices[i] = i < n ? lo + i : -1;
+        if (a.found && rank == 0 && tid == 0) a.found[row] = n;
+        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+        return;
+    }
+    const float *I = a.I + row * a.ldi + lo;
+    const int32_t skew = (int32_t) (((uintptr_t) I >> 2) & 3), quads = (n + skew + 3) / 4, per = (quads + C - 1) / C;
+    const int32_t q0 = min(quads, (int32_t) rank * per), q1 = min(quads, q0 + per);
+    const float4 *I4 = (const float4 *) (I - skew);
+    uint32_t key[ITEMS];
+#pragma unroll
+    for (int i = 0; i < Q; i++) {
+        const int32_t j = q0 + tid + T * i, s = 4 * j - skew;
+        float4 v = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+        if (j < q1) {
+            if (s >= 0 && s + 4 <= n) v = __ldcg(&I4[j]);
+            else {
+                if (s >= 0 && s < n) v.x = I[s];
+                if (s + 1 >= 0 && s + 1 < n) v.y = I[s + 1];
+                if (s + 2 >= 0 && s + 2 < n) v.z = I[s + 2];
+                if (s + 3 >= 0 && s + 3 < n) v.w = I[s + 3];
+            }
+        }
+        key[4 * i] = dsa__cu_key(v.x); key[4 * i + 1] = dsa__cu_key(v.y); key[4 * i + 2] = dsa__cu_key(v.z);
+        key[4 * i + 3] = dsa__cu_key(v.w);
+    }
+
+    {   /* groups of a power of two of neighbouring threads; those with nothing do not count */
+        int32_t width = 1;
+        while (width < 32 && (int64_t) C * min(per, T) / (2 * width) >= k) width *= 2;
+        uint32_t top = 0;
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) top = max(top, key[i]);
+        uint32_t low = top;
+        int on = q0 + tid < q1;
+        for (int d = 1; d < width; d *= 2) { low = max(low, __shfl_xor_sync(~0u, low, d)); on |= __shfl_xor_sync(~0u, on, d); }
+        low = __reduce_min_sync(~0u, on ? low : ~0u);
+        top = __reduce_max_sync(~0u, top);
+        const uint32_t groups = (uint32_t) __popc(__ballot_sync(~0u, on && (lane & (width - 1)) == 0));
+        if (lane == 0) { least[warp] = low; most[warp] = top; if (groups) atomicAdd(&n_groups, groups); }
+        __syncthreads();
+        if (warp == 0) {
+            low = __reduce_min_sync(~0u, lane < T / 32 ? least[lane] : ~0u);
+            top = __reduce_max_sync(~0u, lane < T / 32 ? most[lane] : 0u);
+        }
+        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");          /* all barriers are there */
+        if (tid < C) dsa__cu_send16(dsa__cu_remote(dsa__cu_smem(&ranges[rank]), (uint32_t) tid), make_uint4(low, top, n_groups, 0),
+            dsa__cu_remote(bar, (uint32_t) tid));
+    }
+    dsa__cu_receive(bar, 0);
+    uint32_t from, to, edge;
+    {
+        const uint4 r = lane < C ? ranges[lane] : make_uint4(~0u, 0, 0, 0);
+        from = __reduce_min_sync(~0u, r.x);
+        to = __reduce_max_sync(~0u, r.y);
+        from = __reduce_add_sync(~0u, r.z) < (uint32_t) k || from == 0 ? 1u : from;
+    }
+    /* Selected is key > cut, and of key == cut the first `equal`. */
+    uint32_t need = (uint32_t) k, equal = 0, cut_key = 0, listed = 0;
+    for (uint32_t turn = 0; ; turn ^= 1) {
+        if (from > to) { edge = 0; break; }              /* nothing can be selected */
+        const int shift = max(0, 21 - __clz(to - from));
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++)
+            if (T * (i / 4) < per) dsa__cu_count(hist, (key[i] - from) >> shift, key[i] >= from && key[i] <= to);
+        __syncthreads();
+        for (int i = tid; i < C * (OWN / 8); i += T) {   /* 8 bins in 16 bytes: a block has at most 65535 keys */
+            const uint32_t dest = (uint32_t) i / (OWN / 8), piece = (uint32_t) i % (OWN / 8);
+            const uint4 x = *(const uint4 *) &hist[dest * OWN + 8 * piece], y = *(const uint4 *) &hist[dest * OWN + 8 * piece + 4];
+            dsa__cu_send16(dsa__cu_remote(dsa__cu_smem(&part[rank * (OWN / 2) + 4 * piece]), dest),
+                make_uint4(x.x | x.y << 16, x.z | x.w << 16, y.x | y.y << 16, y.z | y.w << 16), dsa__cu_remote(bar + 8, dest));
+        }
+        dsa__cu_receive(bar + 8, turn);
+        if (tid == 0) dsa__cu_expect(bar + 8, BINS * 2);
+        if (tid < OWN) {
+            uint32_t sum = 0;
+#pragma unroll
+            for (int c = 0; c < C; c++) sum += part[c * (OWN / 2) + tid / 2] >> (tid % 2 * 16) & 0xFFFFu;
+            owned[tid] = sum;
+        }
+        __syncthreads();
+        for (int i = tid; i < BINS; i += T) hist[i] = 0; /* for a next turn */
+        for (int i = tid; i < C * (OWN / 4); i += T) {
+            const uint32_t dest = (uint32_t) i / (OWN / 4), at = (uint32_t) i % (OWN / 4) * 4;
+            dsa__cu_send16(dsa__cu_remote(dsa__cu_smem(&whole[rank * OWN + at]), dest), *(const uint4 *) &owned[at],
+                dsa__cu_remote(bar + 16, dest));
+        }
+        dsa__cu_receive(bar + 16, turn);
+        if (tid == 0) dsa__cu_expect(bar + 16, BINS * 4);
+        {   /* the bin with the cut: bins in descending order, two of a thread */
+            const uint32_t h0 = whole[BINS - 1 - 2 * tid], h1 = whole[BINS - 2 - 2 * tid];
+            uint32_t x = h0 + h1, above, total = 0;
+#pragma unroll
+            for (int d = 1; d < 32; d *= 2) { const uint32_t y = __shfl_up_sync(~0u, x, d); if (lane >= d) x += y; }
+            if (lane == 31) sums[warp] = x;
+            __syncthreads();
+            const uint32_t other = lane < T / 32 ? sums[lane] : 0;
+            above = x - h0 - h1 + __reduce_add_sync(~0u, lane < warp ? other : 0);
+            total = __reduce_add_sync(~0u, other);
+            if (total < need) { edge = 0; break; }       /* fewer than k: all of them (the same in all threads) */
+            if (above < need && need <= above + h0 + h1) {
+                const int second = need > above + h0;
+                bin[0] = (uint32_t) (BINS - 1 - 2 * tid - second);
+                bin[1] = second ? need - above - h0 : need - above;
+                bin[2] = second ? h1 : h0;
+            }
+            __syncthreads();
+        }
+        need = bin[1];
+        from += bin[0] << shift;
+        to = min(to, from + ((1u << shift) - 1));
+        if (bin[2] == need) { cut_key = edge = from - 1; break; }
+        if (shift == 0) { cut_key = edge = from; equal = need; listed = 1; break; }
+        if (bin[2] <= L) { edge = to; listed = 2; break; }
+    }
+
+    {   /* what each block has above the bin and in it */
+        uint32_t count = 0;                              /* above | in << 16 */
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            count += key[i] > edge;
+            if (listed && key[i] >= from && key[i] <= to) {
+                count += 0x10000u;
+                if (listed == 2) mine[4 + atomicAdd(&cut[1], 1u)] = key[i];
+            }
+        }
+        count = __reduce_add_sync(~0u, count);
+        if (lane == 0 && count) atomicAdd(&cut[0], count);
+        __syncthreads();
+        for (int i = tid; i < C * (1 + L / 4); i += T) {
+            const uint32_t dest = (uint32_t) i / (1 + L / 4), piece = (uint32_t) i % (1 + L / 4);
+            const uint4 v = piece ? *(const uint4 *) &mine[4 * piece] : make_uint4(cut[0] & 0xFFFFu, cut[0] >> 16, 0, 0);
+            dsa__cu_send16(dsa__cu_remote(dsa__cu_smem(&lists[rank][4 * piece]), dest), v, dsa__cu_remote(bar + 24, dest));
+        }
+        dsa__cu_receive(bar + 24, 0);
+    }
+    /* each warp: of the blocks before this one, and of all: above, equal */
+    const uint32_t has_above = lane < C ? lists[lane][0] : 0, has_in = lane < C ? lists[lane][1] : 0;
+    uint32_t above = has_above, same = listed == 1 ? has_in : 0;
+    if (listed == 2) {
+        uint32_t at = has_in, before;
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) { const uint32_t y = __shfl_up_sync(~0u, at, d); if (lane >= d) at += y; }
+        before = at - has_in;
+        if (warp < C) {                                  /* warp w moves block w's keys together */
+            const uint32_t b = __shfl_sync(~0u, before, warp), m = __shfl_sync(~0u, has_in, warp);
+            for (uint32_t i = lane; i < m; i += 32) compact[b + i] = lists[warp][4 + i];
+        }
+        __syncthreads();
+        const uint32_t all = __shfl_sync(~0u, at, 31);
+        for (uint32_t i = tid; i < all; i += T) {
+            const uint32_t x = compact[i];
+            uint32_t greater = 0, level = 0;
+            for (uint32_t j = 0; j < all; j++) { greater += compact[j] > x; level += compact[j] == x; }
+            if (greater < need && need <= greater + level) { cut[2] = x; cut[3] = need - greater; }
+        }
+        __syncthreads();
+        cut_key = cut[2];
+        equal = cut[3];
+        for (uint32_t i = before; i < at; i++) { above += compact[i] > cut_key; same += compact[i] == cut_key; }
+    }
+    const uint32_t above_all = __reduce_add_sync(~0u, above), same_all = __reduce_add_sync(~0u, same);
+    const uint32_t above0 = __reduce_add_sync(~0u, lane < rank ? above : 0), same0 = __reduce_add_sync(~0u, lane < rank ? same : 0);
+    const uint32_t found = above_all + min(same_all, equal);
+
+    uint32_t before[Q];                                  /* of this thread's quad in the warp, above | equal << 16 */
+#pragma unroll
+    for (int i = 0; i < Q; i++) {
+        uint32_t c = 0, x;
+#pragma unroll
+        for (int b = 0; b < 4; b++) c += key[4 * i + b] > cut_key ? 1u : equal && key[4 * i + b] == cut_key ? 0x10000u : 0u;
+        x = c;
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) { const uint32_t y = __shfl_up_sync(~0u, x, d); if (lane >= d) x += y; }
+        if (lane == 31) steps[32 * i + warp] = x;
+        before[i] = x - c;
+    }
+    __syncthreads();
+    uint32_t base = 0;
+#pragma unroll
+    for (int i = 0; i < Q; i++) {
+        const uint32_t x = lane < T / 32 ? steps[32 * i + lane] : 0;
+        uint32_t at = base + before[i] + __reduce_add_sync(~0u, lane < warp ? x : 0);
+        base += __reduce_add_sync(~0u, x);
+        const int32_t s = 4 * (q0 + tid + T * i) - skew;
+#pragma unroll
+        for (int b = 0; b < 4; b++) {
+            const uint32_t g = above0 + (at & 0xFFFFu), e = same0 + (at >> 16), x = key[4 * i + b];
+            const bool is_above = x > cut_key, is_same = equal && x == cut_key;
+            if (is_above || (is_same && e < equal)) {
+                const uint32_t to_ = g + min(e, equal);
+                indices[to_] = lo + s + b;
+                if (scores) scores[to_] = I[s + b];
+            }
+            at += is_above ? 1u : is_same ? 0x10000u : 0u;
+        }
+    }
+    for (uint32_t i = found + rank * T + tid; i < (uint32_t) k; i += C * T) { indices[i] = -1; if (scores) scores[i] = -INFINITY; }
+    if (a.found && rank == 0 && tid == 0) a.found[row] = (int32_t) found;
+}
+#else
+template <int C, int ITEMS> __global__ void dsa__cu_topk_row(dsa__cu_row_args a) { (void) a; }
+#endif
+
 struct dsa__cu_topk_plan { int32_t splits, sample, group, cap, window; size_t shared, bytes, count_bytes; };
 
 static inline dsa__cu_topk_plan dsa__cu_topk_prepare(const dsa__cu *g, int32_t rows, int32_t n, int32_t k)
@@ -1650,11 +1948,46 @@ static inline size_t dsa__cu_topk_most(const dsa__cu *g, int64_t rows, int64_t n
 }
 
 /* Once per device, before any capture. */
-static inline cudaError_t dsa__cu_topk_init(const dsa__cu *g)
+static inline cudaError_t dsa__cu_topk_init(dsa__cu *g)
 {
+    if (g->path == DSA_CUDA_HOPPER) {                    /* 16 blocks of a cluster are more than every device promises */
+        cudaLaunchConfig_t c = {};
+        cudaLaunchAttribute at;
+        int n = 0;
+        at.id = cudaLaunchAttributeClusterDimension;
+        at.val.clusterDim.x = 16; at.val.clusterDim.y = 1; at.val.clusterDim.z = 1;
+        c.gridDim = dim3(16); c.blockDim = dim3(DSA__CU_ROW_THREADS); c.attrs = &at; c.numAttrs = 1;
+        if (cudaFuncSetAttribute(dsa__cu_topk_row<16, 12>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
+            cudaFuncSetAttribute(dsa__cu_topk_row<16, 16>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
+            cudaOccupancyMaxActiveClusters(&n, dsa__cu_topk_row<16, 16>, &c) == cudaSuccess && n > 0) g->cluster = 16;
+        (void) cudaGetLastError();
+    }
     cudaError_t e = cudaFuncSetAttribute(dsa__cu_topk, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          g->shared < DSA__CU_TOPK_SHARED ? DSA__CU_TOPK_SHARED / 2 : DSA__CU_TOPK_SHARED);
     return e ? e : cudaFuncSetAttribute(dsa__cu_topk_by_rank, cudaFuncAttributeMaxDynamicSharedMemorySize, DSA__CU_TOPK_RANKED * 8);
+}
+
+/* Which selections go to clusters; the plan's workspace is not needed then. */
+static inline bool dsa__cu_topk_is_row(const dsa__cu *g, int64_t rows, int64_t n)
+{
+    return g->cluster == 16 && rows * g->cluster <= g->n_sm && n >= 8192 && n <= (int64_t) g->cluster * DSA__CU_ROW_THREADS * 16 - 6;
+}
+
+static cudaError_t dsa__cu_topk_row_launch(cudaStream_t stream, const dsa__cu *g, dsa__cu_row_args a, int32_t rows)
+{
+    void *args[1] = { &a };
+    const int64_t quads = ((int64_t) a.n + 6) / 4 + 15;
+    const dim3 grid((unsigned) (rows * 16));
+    if (quads / 16 <= 3 * DSA__CU_ROW_THREADS)
+        return dsa__cu_launch(dsa__cu_topk_row<16, 12>, grid, DSA__CU_ROW_THREADS, 0, stream, 1, 16, args);
+    return dsa__cu_launch(dsa__cu_topk_row<16, 16>, grid, DSA__CU_ROW_THREADS, 0, stream, 1, 16, args);
+}
+
+static void dsa__cu_by_rank_launch(cudaStream_t stream, int32_t rows, int32_t k, int32_t *indices, float *scores)
+{
+    int32_t k2 = 2;
+    while (k2 < k) k2 *= 2;
+    dsa__cu_topk_by_rank<<<rows, DSA__CU_TOPK_THREADS, (size_t) k2 * 8, stream>>>(k, k2, indices, scores);
 }
 
 /* A planned selection. workspace: plan.bytes, any contents, 16-byte aligned. follows: a scoring kernel before it in the stream
@@ -1667,6 +2000,12 @@ static inline cudaError_t dsa__cu_topk_launch(cudaStream_t stream, const dsa__cu
 {
     const bool overlap = g->overlap != 0;
     if (rows < 1 || k < 1) return cudaSuccess;
+    if (dsa__cu_topk_is_row(g, rows, n)) {
+        const dsa__cu_row_args r = { I, ldi, lo, hi, NULL, NULL, n, k, fallback, indices, scores, found };
+        const cudaError_t e = dsa__cu_topk_row_launch(stream, g, r, rows);
+        if (e == cudaSuccess && by_rank) dsa__cu_by_rank_launch(stream, rows, k, indices, scores);
+        return e ? e : cudaGetLastError();
+    }
     dsa__cu_topk_args a = { I, ldi, lo, hi, n, k, rows, p.splits, p.sample, p.group, p.cap, p.window, indices, scores,
         (dsa__u64 *) ((char *) workspace + p.count_bytes), (uint32_t *) workspace,
                             found, fallback };
@@ -1686,11 +2025,7 @@ static inline cudaError_t dsa__cu_topk_launch(cudaStream_t stream, const dsa__cu
     config.numAttrs = follows && overlap;
     const cudaError_t launched = cudaLaunchKernelEx(&config, dsa__cu_topk, a);
     if (launched) return launched;
-    if (by_rank) {
-        int32_t k2 = 2;
-        while (k2 < k) k2 *= 2;
-        dsa__cu_topk_by_rank<<<rows, DSA__CU_TOPK_THREADS, (size_t) k2 * 8, stream>>>(k, k2, indices, scores);
-    }
+    if (by_rank) dsa__cu_by_rank_launch(stream, rows, k, indices, scores);
     return cudaGetLastError();
 }
 
@@ -3799,6 +4134,14 @@ extern "C" dsa_status dsa_cuda_select(const dsa_ctx *ctx, const dsa_cuda_select_
     ranges.batch.max_len = a->n_cols;
     ranges.ks = a->ks;
     ranges.ke = a->ke;
+    if (topk && dsa__cu_topk_is_row(dsa__cu_of(ctx), a->n_rows, a->n_cols)) {
+        const dsa__cu_row_args r = { a->scores, a->stride, NULL, NULL, a->ks, a->ke, (int32_t)a->n_cols, (int32_t)sel.k, 0, sel.indices,
+            sel.scores, sel.counts };
+        const cudaError_t e = dsa__cu_topk_row_launch((cudaStream_t)stream, dsa__cu_of(ctx), r, (int32_t)a->n_rows);
+        if (e == cudaSuccess && sel.rank)
+            dsa__cu_by_rank_launch((cudaStream_t)stream, (int32_t)a->n_rows, (int32_t)sel.k, sel.indices, sel.scores);
+        return dsa__cu_refused(ctx, e == cudaSuccess ? dsa__cu_launched() : DSA_ERR_DEVICE);
+    }
     if (topk) {
         const dsa__cu *g = dsa__cu_of(ctx);
         dsa__cu_topk_plan plan = dsa__cu_topk_prepare(g, (int32_t)a->n_rows, (int32_t)a->n_cols, (int32_t)sel.k);

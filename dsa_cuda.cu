@@ -319,6 +319,47 @@ static __device__ __forceinline__ float dsa__cu_round_row(int32_t format, int32_
 typedef struct dsa__cu_append { dsa__cu_pool pool; const void *rows; const int64_t *slots; int32_t index_key, bf16; int64_t n;
     } dsa__cu_append;
 
+/* dsa__cu_round_row for 128 channels in FP8 or INT8 by one warp, four channels a lane: butterflies at strides 1 and 2 within the lane, at
+   4 .. 64 between lanes, the lower one of a pair adding and the upper one subtracting. *code: the lane's four bytes. */
+static __device__ __forceinline__ float dsa__cu_round_128(int32_t format, int32_t hadamard, float (&x)[4], uint32_t *code)
+{
+    const int32_t lane = threadIdx.x & 31;
+    const float norm = (float)(1.0 / sqrt(128.0));
+    uint32_t most = 0, all = 0;
+    float s, a;
+    if (hadamard) {
+        float y[4] = { __fadd_rn(x[0], x[1]), __fsub_rn(x[0], x[1]), __fadd_rn(x[2], x[3]), __fsub_rn(x[2], x[3]) };
+        x[0] = __fadd_rn(y[0], y[2]); x[2] = __fsub_rn(y[0], y[2]);
+        x[1] = __fadd_rn(y[1], y[3]); x[3] = __fsub_rn(y[1], y[3]);
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float other = __shfl_xor_sync(~0u, x[i], step);
+                x[i] = lane & step ? __fsub_rn(other, x[i]) : __fadd_rn(x[i], other);
+            }
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[i] = __fmul_rn(x[i], norm);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint32_t b = __float_as_uint(x[i]) & 0x7FFFFFFFu;
+        all = b > all ? b : all;
+        b = b > 0x7F800000u ? 0u : b;
+        most = b > most ? b : most;
+    }
+    most = __reduce_max_sync(~0u, most);
+    all = __reduce_max_sync(~0u, all);
+    a = most >= 0x7F800000u ? 3.402823466e+38f : __uint_as_float(most);
+    a = a > 1e-4f ? a : 1e-4f;
+    s = format == DSA_FP8 ? dsa__cu_pow2_ceil(__fmul_rn(a, 1.0f / 448.0f)) : __fdiv_rn(a, 127.0f);
+    *code = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        *code |= (format == DSA_FP8 ? dsa__cu_e4m3_code(__fdiv_rn(x[i], s)) : (uint32_t)dsa__cu_int8(x[i], s) & 0xFFu) << 8 * i;
+    return format == DSA_INT8 && all > 0x7F800000u ? __uint_as_float(0x7FC00000u) : s;
+}
+
 /* One block stores one row. x [DSA_MAX_DIM_INDEX], shared [32]. */
 static __device__ __forceinline__ void dsa__cu_append_row(const dsa__cu_append &a, const dsa__cu_batch &b, int64_t row, float *x,
     uint32_t *shared)
@@ -342,6 +383,18 @@ static __device__ __forceinline__ void dsa__cu_append_row(const dsa__cu_append &
         if (page < 0) return;
     }
     y = dsa__cu_in(p, page, offset);
+    if (a.index_key && p.planar && p.dim == 128 && ((uintptr_t)y & 3) == 0) {
+        if (threadIdx.x < 32) {                          /* one warp: nobody waits for a barrier */
+            uint32_t code;
+            float v[4];
+#pragma unroll
+            for (i = 0; i < 4; i++) v[i] = dsa__cu_operand(rows, bf16, row * width + 4 * (int32_t)threadIdx.x + i);
+            s = dsa__cu_round_128(p.format, p.hadamard, v, &code);
+            *(uint32_t *)(y + 4 * threadIdx.x) = code;
+            if (threadIdx.x == 0) dsa__cu_store_f32(dsa__cu_scale_in(p, page, offset), s);
+        }
+        return;
+    }
     if (a.index_key) {
         for (i = (int32_t)threadIdx.x; i < p.dim; i += (int32_t)blockDim.x) x[i] = dsa__cu_operand(rows, bf16, row * width + i);
         __syncthreads();
@@ -358,7 +411,26 @@ static __device__ __forceinline__ void dsa__cu_append_row(const dsa__cu_append &
         return;
     }
     scales = y + p.dim;                                  /* tile scale 2^ceil(log2(max(amax / 448, 1e-4))) (spec 6.1) */
-    for (g = 0; g < p.dim; g += 128) {
+    if (p.dim % 128 == 0 && ((uintptr_t)y & 3) == 0) {   /* a warp for every 128 channels */
+        for (g = (int32_t)threadIdx.x / 32 * 128; g < p.dim; g += (int32_t)blockDim.x / 32 * 128) {
+            uint32_t most = 0, code = 0;
+            float v[4];
+#pragma unroll
+            for (i = 0; i < 4; i++) v[i] = dsa__cu_operand(rows, bf16, row * width + g + 4 * ((int32_t)threadIdx.x & 31) + i);
+#pragma unroll
+            for (i = 0; i < 4; i++) {
+                const uint32_t m = __float_as_uint(v[i]) & 0x7FFFFFFFu;
+                most = m <= 0x7F800000u && m > most ? m : most;
+            }
+            most = __reduce_max_sync(~0u, most);
+            s = __fdiv_rn(most >= 0x7F800000u ? 3.402823466e+38f : __uint_as_float(most), 448.0f);
+            s = dsa__cu_pow2_ceil(s > 1e-4f ? s : 1e-4f);
+#pragma unroll
+            for (i = 0; i < 4; i++) code |= dsa__cu_e4m3_code(__fdiv_rn(v[i], s)) << 8 * i;
+            *(uint32_t *)(y + g + 4 * (threadIdx.x & 31)) = code;
+            if ((threadIdx.x & 31) == 0) dsa__cu_store_f32(scales + g / 128 * 4, s);
+        }
+    } else for (g = 0; g < p.dim; g += 128) {
         n = p.dim - g < 128 ? p.dim - g : 128;
         __syncthreads();
         for (i = (int32_t)threadIdx.x; i < n; i += (int32_t)blockDim.x) x[i] = dsa__cu_operand(rows, bf16, row * width + g + i);
@@ -467,43 +539,13 @@ static __device__ __forceinline__ void dsa__cu_query_head(const dsa__cu_queries 
 static __device__ __forceinline__ void dsa__cu_query_head_128(const dsa__cu_queries &Q, int64_t at)
 {
     const int32_t lane = threadIdx.x & 31;
-    const float norm = (float)(1.0 / sqrt(128.0));
-    uint32_t most = 0, all = 0, code = 0;
-    float x[4], s, a;
+    uint32_t code;
+    float x[4], s;
     if (Q.bounds.lo && at % Q.n_heads == 0 && lane == 0) dsa__cu_bound_row(Q.bounds, Q.ranges, Q.row0, at / Q.n_heads);
 #pragma unroll
     for (int i = 0; i < 4; i++) x[i] = dsa__cu_operand(Q.q, Q.q_type == DSA_BF16, at * 128 + 4 * lane + i);
-    if (Q.hadamard) {
-        float y[4] = { __fadd_rn(x[0], x[1]), __fsub_rn(x[0], x[1]), __fadd_rn(x[2], x[3]), __fsub_rn(x[2], x[3]) };
-        x[0] = __fadd_rn(y[0], y[2]); x[2] = __fsub_rn(y[0], y[2]);
-        x[1] = __fadd_rn(y[1], y[3]); x[3] = __fsub_rn(y[1], y[3]);
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float other = __shfl_xor_sync(~0u, x[i], step);
-                x[i] = lane & step ? __fsub_rn(other, x[i]) : __fadd_rn(x[i], other);
-            }
-#pragma unroll
-        for (int i = 0; i < 4; i++) x[i] = __fmul_rn(x[i], norm);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        uint32_t b = __float_as_uint(x[i]) & 0x7FFFFFFFu;
-        all = b > all ? b : all;
-        b = b > 0x7F800000u ? 0u : b;
-        most = b > most ? b : most;
-    }
-    most = __reduce_max_sync(~0u, most);
-    all = __reduce_max_sync(~0u, all);
-    a = most >= 0x7F800000u ? 3.402823466e+38f : __uint_as_float(most);
-    a = a > 1e-4f ? a : 1e-4f;
-    s = Q.format == DSA_FP8 ? dsa__cu_pow2_ceil(__fmul_rn(a, 1.0f / 448.0f)) : __fdiv_rn(a, 127.0f);
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        code |= (Q.format == DSA_FP8 ? dsa__cu_e4m3_code(__fdiv_rn(x[i], s)) : (uint32_t)dsa__cu_int8(x[i], s) & 0xFFu) << 8 * i;
+    s = dsa__cu_round_128(Q.format, Q.hadamard, x, &code);
     *(uint32_t *)(Q.x + at * 128 + 4 * lane) = code;
-    if (Q.format == DSA_INT8 && all > 0x7F800000u) s = __uint_as_float(0x7FC00000u);
     if (lane == 0) Q.v[at] = __fmul_rn(Q.w[at], s);
 }
 
@@ -518,6 +560,7 @@ static __global__ void __launch_bounds__(128) dsa__cu_begin(dsa__cu_batch b, dsa
     __shared__ float x[DSA_MAX_DIM_INDEX];
     __shared__ uint32_t shared[32];
     int64_t at = blockIdx.x;
+    dsa__cu_let_launch();
     if (at < latent.n) { dsa__cu_append_row(latent, b, at, x, shared); return; }
     at -= latent.n;
     if (at < index.n) { dsa__cu_append_row(index, b, at, x, shared); return; }
@@ -720,8 +763,9 @@ __global__ void __launch_bounds__(DSA__CU_INDEX_THREADS, 4) dsa__cu_index_mma(ds
 {
     constexpr int KS = D / 16, BYTES = FORMAT == DSA_BF16 ? 2 : 1, WORDS = D / 16 * BYTES;      /* WORDS: of one lane and row */
     extern __shared__ uint4 dsa__cu_index_shared[];
-    dsa__cu_index_clear(a);
     dsa__cu_let_launch();
+    dsa__cu_wait_launch();
+    dsa__cu_index_clear(a);
     int32_t row0, n_rows, s0, s1;
     if (!dsa__cu_index_range(a, &row0, &n_rows, &s0, &s1)) return;
     const int32_t HI = a.heads, tiles = (HI + 7) / 8, lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
@@ -905,8 +949,9 @@ __global__ void __launch_bounds__(384, HP * ROWS > 64 ? 1 : 2) dsa__cu_index_hop
     constexpr int N = HP * ROWS, NU = N < 128 ? N : 128, U = N / NU, Q = NU / HP, S = dsa__cu_hopper_shape<N>::stages, LAG = S - 2;
     extern __shared__ unsigned char dsa__cu_hopper_raw[];
     __shared__ __align__(8) uint64_t full[S], empty[S];
-    dsa__cu_index_clear(a);
     dsa__cu_let_launch();
+    dsa__cu_wait_launch();
+    dsa__cu_index_clear(a);
     int32_t row0, n_rows, s0, s1;
     if (!dsa__cu_index_range(a, &row0, &n_rows, &s0, &s1)) return;
     unsigned char *B = (unsigned char *) (((uintptr_t) dsa__cu_hopper_raw + 1023) & ~(uintptr_t) 1023), *K = B + N * 128;
@@ -1123,23 +1168,23 @@ static inline cudaError_t dsa__cu_index_launch(cudaStream_t stream, const dsa__c
     cudaError_t err;
     if (fast) {
         if (a.heads <= 64) {
-            if (most == 4)      err = dsa__cu_launch(dsa__cu_index_hopper<64, 4>, dim3(grid), 384, dsa__cu_hopper_bytes<256>(), stream, 0,
-                1, args);
-            else if (most == 2) err = dsa__cu_launch(dsa__cu_index_hopper<64, 2>, dim3(grid), 384, dsa__cu_hopper_bytes<128>(), stream, 0,
-                1, args);
-            else                err = dsa__cu_launch(dsa__cu_index_hopper<64, 1>, dim3(grid), 384, dsa__cu_hopper_bytes<64>(), stream, 0,
-                1, args);
+            if (most == 4)      err = dsa__cu_launch(dsa__cu_index_hopper<64, 4>, dim3(grid), 384, dsa__cu_hopper_bytes<256>(), stream,
+                g->overlap, 1, args);
+            else if (most == 2) err = dsa__cu_launch(dsa__cu_index_hopper<64, 2>, dim3(grid), 384, dsa__cu_hopper_bytes<128>(), stream,
+                g->overlap, 1, args);
+            else                err = dsa__cu_launch(dsa__cu_index_hopper<64, 1>, dim3(grid), 384, dsa__cu_hopper_bytes<64>(), stream,
+                g->overlap, 1, args);
         } else {
-            if (most == 2)      err = dsa__cu_launch(dsa__cu_index_hopper<128, 2>, dim3(grid), 384, dsa__cu_hopper_bytes<256>(), stream, 0,
-                1, args);
-            else                err = dsa__cu_launch(dsa__cu_index_hopper<128, 1>, dim3(grid), 384, dsa__cu_hopper_bytes<128>(), stream, 0,
-                1, args);
+            if (most == 2)      err = dsa__cu_launch(dsa__cu_index_hopper<128, 2>, dim3(grid), 384, dsa__cu_hopper_bytes<256>(), stream,
+                g->overlap, 1, args);
+            else                err = dsa__cu_launch(dsa__cu_index_hopper<128, 1>, dim3(grid), 384, dsa__cu_hopper_bytes<128>(), stream,
+                g->overlap, 1, args);
         }
     } else {
         const size_t shared = (size_t) most * tiles * 8 * (a.dim * 2 + 4);
-#define DSA__CU_GO(F) (a.dim == 128 ? dsa__cu_launch(dsa__cu_index_mma<F, 128>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, 0, 1, args) \
-                     : a.dim == 64 ? dsa__cu_launch(dsa__cu_index_mma<F, 64>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, 0, 1, args) \
-                     : dsa__cu_launch(dsa__cu_index_mma<F, 32>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, 0, 1, args))
+#define DSA__CU_GO(F) (a.dim == 128 ? dsa__cu_launch(dsa__cu_index_mma<F, 128>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, g->overlap, 1, args) \
+                     : a.dim == 64 ? dsa__cu_launch(dsa__cu_index_mma<F, 64>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, g->overlap, 1, args) \
+                     : dsa__cu_launch(dsa__cu_index_mma<F, 32>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, g->overlap, 1, args))
         if (a.format == DSA_FP8) err = DSA__CU_GO(DSA_FP8);
         else if (a.format == DSA_INT8) err = DSA__CU_GO(DSA_INT8);
         else err = DSA__CU_GO(DSA_BF16);
@@ -1677,7 +1722,7 @@ __global__ void __launch_bounds__(DSA__CU_ROW_THREADS, 1) dsa__cu_topk_row(dsa__
     __shared__ __align__(16) uint32_t hist[BINS], part[BINS / 2], owned[OWN], whole[BINS], lists[C][4 + L], mine[4 + L];
     __shared__ __align__(16) uint4 ranges[C];
     __shared__ __align__(8) uint64_t bars[4];
-    __shared__ uint32_t sums[32], least[32], most[32], n_groups, bin[3], cut[4], compact[L], steps[Q * 32];
+    __shared__ uint32_t sums[32], least[32], most[32], n_groups, bin[3], cut[4], compact[L];
     const int32_t tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
     const uint32_t rank = blockIdx.x % C;
     const int64_t row = blockIdx.x / C;
@@ -1770,7 +1815,7 @@ __global__ void __launch_bounds__(DSA__CU_ROW_THREADS, 1) dsa__cu_topk_row(dsa__
         const int shift = max(0, 21 - __clz(to - from));
 #pragma unroll
         for (int i = 0; i < ITEMS; i++)
-            if (T * (i / 4) < per) dsa__cu_count(hist, (key[i] - from) >> shift, key[i] >= from && key[i] <= to);
+            if (key[i] >= from && key[i] <= to) atomicAdd(&hist[(key[i] - from) >> shift], 1u);
         __syncthreads();
         for (int i = tid; i < C * (OWN / 8); i += T) {   /* 8 bins in 16 bytes: a block has at most 65535 keys */
             const uint32_t dest = (uint32_t) i / (OWN / 8), piece = (uint32_t) i % (OWN / 8);
@@ -1871,36 +1916,42 @@ __global__ void __launch_bounds__(DSA__CU_ROW_THREADS, 1) dsa__cu_topk_row(dsa__
     const uint32_t above0 = __reduce_add_sync(~0u, lane < rank ? above : 0), same0 = __reduce_add_sync(~0u, lane < rank ? same : 0);
     const uint32_t found = above_all + min(same_all, equal);
 
-    uint32_t before[Q];                                  /* of this thread's quad in the warp, above | equal << 16 */
+    /* A bit for each position of the block, set by few; then a thread has a word of them. */
+    constexpr int WORDS = ITEMS * T / 32;
+    uint32_t *const above_bits = hist, *const same_bits = hist + WORDS;
+    static_assert(2 * WORDS <= BINS, "the bits lie over the histogram");
 #pragma unroll
     for (int i = 0; i < Q; i++) {
-        uint32_t c = 0, x;
-#pragma unroll
-        for (int b = 0; b < 4; b++) c += key[4 * i + b] > cut_key ? 1u : equal && key[4 * i + b] == cut_key ? 0x10000u : 0u;
-        x = c;
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) { const uint32_t y = __shfl_up_sync(~0u, x, d); if (lane >= d) x += y; }
-        if (lane == 31) steps[32 * i + warp] = x;
-        before[i] = x - c;
-    }
-    __syncthreads();
-    uint32_t base = 0;
-#pragma unroll
-    for (int i = 0; i < Q; i++) {
-        const uint32_t x = lane < T / 32 ? steps[32 * i + lane] : 0;
-        uint32_t at = base + before[i] + __reduce_add_sync(~0u, lane < warp ? x : 0);
-        base += __reduce_add_sync(~0u, x);
-        const int32_t s = 4 * (q0 + tid + T * i) - skew;
+        uint32_t above_4 = 0, same_4 = 0;
+        const int32_t j = tid + T * i;
 #pragma unroll
         for (int b = 0; b < 4; b++) {
-            const uint32_t g = above0 + (at & 0xFFFFu), e = same0 + (at >> 16), x = key[4 * i + b];
-            const bool is_above = x > cut_key, is_same = equal && x == cut_key;
-            if (is_above || (is_same && e < equal)) {
-                const uint32_t to_ = g + min(e, equal);
-                indices[to_] = lo + s + b;
-                if (scores) scores[to_] = I[s + b];
+            above_4 |= (uint32_t) (key[4 * i + b] > cut_key) << b;
+            same_4 |= (uint32_t) (key[4 * i + b] == cut_key) << b;
+        }
+        if (above_4) atomicOr(&above_bits[j / 8], above_4 << (j % 8 * 4));
+        if (equal && same_4) atomicOr(&same_bits[j / 8], same_4 << (j % 8 * 4));
+    }
+    __syncthreads();
+    if (tid < WORDS) {                                   /* whole warps */
+        const uint32_t x = above_bits[tid], y = same_bits[tid], c = (uint32_t) __popc(x) | (uint32_t) __popc(y) << 16;
+        uint32_t at = c;
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) { const uint32_t o = __shfl_up_sync(~0u, at, d); if (lane >= d) at += o; }
+        if (lane == 31) sums[warp] = at;
+        asm volatile("bar.sync 1, %0;" :: "n"(WORDS) : "memory");
+        at += __reduce_add_sync(~0u, lane < warp ? sums[lane] : 0) - c;
+        uint32_t above_at = above0 + (at & 0xFFFFu), same_at = same0 + (at >> 16);
+        for (uint32_t rest = x | y; rest; rest &= rest - 1) {
+            const uint32_t bit = (uint32_t) __ffs(rest) - 1;
+            const int32_t s = 4 * q0 - skew + 32 * tid + (int32_t) bit;
+            const bool is_above = x >> bit & 1;
+            if (is_above || same_at < equal) {
+                indices[above_at + min(same_at, equal)] = lo + s;
+                if (scores) scores[above_at + min(same_at, equal)] = I[s];
             }
-            at += is_above ? 1u : is_same ? 0x10000u : 0u;
+            above_at += is_above;
+            same_at += !is_above;
         }
     }
     for (uint32_t i = found + rank * T + tid; i < (uint32_t) k; i += C * T) { indices[i] = -1; if (scores) scores[i] = -INFINITY; }
@@ -2057,6 +2108,7 @@ typedef struct dsa__cu_attend {
     int64_t index_stride;
     int32_t k;                                           /* entries of a list; else at least those of the longest range */
     int32_t prepared;                                    /* q16 is there: a step */
+    int32_t early;                                       /* q, lens and tables were there before the launch that this one follows */
     int32_t resume, finish;                              /* begin with the state; end with out, lse, max_logit instead of the state */
     float *max, *sum, *acc;                              /* the state [n_rows, n_heads], acc [.., dim_v] from row0 on (out may be acc) */
     int64_t row0;                                        /* the grid begins with this row */
@@ -3431,12 +3483,261 @@ static __global__ void __launch_bounds__(TWO ? 512 : 384, 1) dsa__cu_attend_hopp
     }
     if (TWO) dsa__cu_cluster_sync();                     /* nobody leaves while the other block may still reach for its memory */
 }
+
+/* One row of FP8 entries, at most 16 leaves: what a step of one stream attends. Its time is latency: so a leaf has a block for each half
+   of the columns, 64 blocks for 128 heads, and all leaves of a half and a head group are a cluster, whose blocks fold each a few heads:
+   neither partial results in global memory nor a second launch. All 16 warps widen rows, group of chunks by group, while the tensor
+   cores score what came before. Each sum and each fold is the one of dsa__cu_attend_hopper and dsa__cu_attend_merge, so are the bits. */
+struct dsa__cu_one_smem {
+    static constexpr int tile = 9 * DSA__CU_CHUNK, kv = tile, swap = 3 * tile, stats = swap + 4 * 128 * 8, coef = stats + 512,
+        end = coef + 512, bars = end + 16, valid = bars + 16, bytes = valid + 16, row = 1056;
+    /* row: bytes of 256 floats of an output of the leaf, in the place of q; 32 more, or 8 lanes would meet in a bank */
+};
+
+template <int ROPE>
+static __global__ void __launch_bounds__(512, 1) dsa__cu_attend_one(const __grid_constant__ dsa__cu_attend A)
+{
+    using S = dsa__cu_one_smem;
+    constexpr int DIM = 512 + ROPE;
+    extern __shared__ __align__(1024) unsigned char smem[];
+    const uint32_t base = dsa__cu_smem(smem), kv = base + S::kv, stat_bar = base + S::bars, x_bar = stat_bar + 8;
+    const int tid = threadIdx.x, lane = tid & 31, w = __shfl_sync(~0u, tid >> 7, 0), groups = (A.n_heads + 63) / 64;
+    const int leaf = blockIdx.x & 15, half = blockIdx.x >> 4 & 1, group = (blockIdx.x >> 5) % groups, row = (blockIdx.x >> 5) / groups;
+    if (tid == 0) {
+        dsa__cu_bar_init(stat_bar, 1);
+        dsa__cu_bar_init(x_bar, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        dsa__cu_bar_arrive_expect(stat_bar, 16 * 32);
+        dsa__cu_bar_arrive_expect(x_bar, 16 * 4096);
+    }
+    __syncthreads();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    dsa__cu_let_launch();
+    if (!A.early) dsa__cu_wait_launch();
+    const dsa__cu_entries E = dsa__cu_entries_of(A, row);
+    {
+        const int r = tid >> 3, u = tid & 7, on = group * 64 + r < A.n_heads;
+        const __nv_bfloat16 *q = on ? A.q16 + ((int64_t)row * A.n_heads + group * 64 + r) * DIM + u * 8 : A.q16;
+        const uint32_t to = base + r * 128 + ((u ^ (r & 7)) << 4);
+#pragma unroll
+        for (int c = 0; c < DIM / 64; c++) dsa__cu_copy16(to + c * DSA__CU_CHUNK, q + (on ? c * 64 : 0), on);
+    }
+    if (A.early) dsa__cu_wait_launch();
+    const int key = tid >> 2, u = tid & 3, sub = key & 7;                   /* four threads of a row: of 64 bytes 16 each */
+    const unsigned char *from = dsa__cu_row(A, E, dsa__cu_entry(E, leaf * 128 + key));
+    const int on = from != NULL;
+    uint4 v[4][2];
+#pragma unroll
+    for (int g = 0; g < 4; g++)
+#pragma unroll
+        for (int x = 0; x < 2; x++) v[g][x] = dsa__cu_load16(from + 256 * x + 64 * g + 16 * u, on);
+    const uint4 scales = dsa__cu_load16(from + 512, on);
+    const uint32_t to = kv + (key >> 6) * S::tile + (key & 63) * 128, to0 = to + (((2 * u) ^ sub) << 4), to1 = to + (((2 * u + 1) ^ sub) << 4);
+    if (ROPE) {
+        dsa__cu_copy16(to0 + 8 * DSA__CU_CHUNK, on ? from + 528 + 32 * u : E.data, on);
+        dsa__cu_copy16(to1 + 8 * DSA__CU_CHUNK, on ? from + 544 + 32 * u : E.data, on);
+    }
+    dsa__cu_copy_commit();
+    {
+        uint32_t ball = __ballot_sync(~0u, on && u == 0), bits = 0;
+#pragma unroll
+        for (int j = 0; j < 8; j++) bits |= (ball >> (4 * j) & 1) << j;
+        if (lane == 0) smem[S::valid + (tid >> 5)] = (unsigned char)bits;
+    }
+    const auto widen = [&](int g) {
+#pragma unroll
+        for (int x = 0; x < 2; x++) {
+            const uint4 y = v[g][x];
+            const float f = __uint_as_float(x ? g < 2 ? scales.z : scales.w : g < 2 ? scales.x : scales.y);
+            const uint2 a0 = dsa__cu_widen4(y.x, f), a1 = dsa__cu_widen4(y.y, f), a2 = dsa__cu_widen4(y.z, f), a3 = dsa__cu_widen4(y.w, f);
+            dsa__cu_store16(to0 + (g + 4 * x) * DSA__CU_CHUNK, make_uint4(a0.x, a0.y, a1.x, a1.y));
+            dsa__cu_store16(to1 + (g + 4 * x) * DSA__CU_CHUNK, make_uint4(a2.x, a2.y, a3.x, a3.y));
+        }
+        if (g == 0) dsa__cu_copy_wait<0>();
+        dsa__cu_proxy_fence();
+        dsa__cu_bar(2, 512);
+    };
+
+    if (w < 2) {
+        const uint32_t qd = dsa__cu_desc(base), kd = dsa__cu_desc(kv + w * S::tile);
+        const uint32_t vd = dsa__cu_desc(kv + (4 * half + 2 * w) * DSA__CU_CHUNK);
+        float s[32];
+#pragma unroll
+        for (int g = 0; g < 4; g++) {
+            widen(g);
+            dsa__cu_wgmma_fence();
+#pragma unroll
+            for (int k = 8 * g; k < 8 * g + 8; k++) {
+                const int c = (k >> 3) + (k & 4), at = (c * DSA__CU_CHUNK + (k & 3) * 32) >> 4;
+                dsa__cu_wgmma_ss(s, qd + at, kd + at, k > 0);
+            }
+            if (ROPE && g == 3) {
+#pragma unroll
+                for (int k = 0; k < 4; k++) dsa__cu_wgmma_ss(s, qd + ((8 * DSA__CU_CHUNK + k * 32) >> 4), kd + ((8 * DSA__CU_CHUNK + k * 32) >> 4), 1);
+            }
+            dsa__cu_wgmma_commit();
+        }
+        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  /* everybody's barriers are there */
+        const bool flip = A.scale < 0.0f;                                   /* the maximum is taken before the scale */
+        const float scale = fabsf(A.scale) * DSA__CU_LOG2E;
+        const int me = tid & 127;
+        const uint32_t swap = base + S::swap + me * 8, p_mine = kv + w * S::tile + 8 * DSA__CU_CHUNK + me * 16;
+        const uint32_t p_other = kv + (1 - w) * S::tile + 8 * DSA__CU_CHUNK + me * 16;
+        float m0 = -INFINITY, m1 = -INFINITY, l0 = 0.0f, l1 = 0.0f;
+        uint32_t p[8][4];
+        dsa__cu_wgmma_wait<0>();
+        const float2 set = dsa__cu_read8(base + S::valid + 8 * w);
+        const uint64_t all = (uint64_t)__float_as_uint(set.y) << 32 | __float_as_uint(set.x);
+        if (flip) {
+#pragma unroll
+            for (int j = 0; j < 32; j++) s[j] = -s[j];
+        }
+        if (all != ~(uint64_t)0) {
+            const uint64_t bits = all >> (2 * (lane & 3));
+#pragma unroll
+            for (int j = 0; j < 32; j++) if (!(bits >> (8 * (j >> 2) + (j & 1)) & 1)) s[j] = -INFINITY;
+        }
+#pragma unroll
+        for (int j = 0; j < 32; j += 4) {
+            m0 = fmaxf(m0, fmaxf(s[j], s[j + 1]));
+            m1 = fmaxf(m1, fmaxf(s[j + 2], s[j + 3]));
+        }
+        m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 1)); m0 = fmaxf(m0, __shfl_xor_sync(~0u, m0, 2));
+        m1 = fmaxf(m1, __shfl_xor_sync(~0u, m1, 1)); m1 = fmaxf(m1, __shfl_xor_sync(~0u, m1, 2));
+        dsa__cu_store8(swap + w * 1024, m0, m1);
+        dsa__cu_bar(1, 256);
+        const float2 o = dsa__cu_read8(swap + (1 - w) * 1024);
+        m0 = __fmul_rn(fmaxf(m0, o.x), scale);
+        m1 = __fmul_rn(fmaxf(m1, o.y), scale);
+        const float z0 = m0 == -INFINITY ? 0.0f : -m0, z1 = m1 == -INFINITY ? 0.0f : -m1;
+        uint32_t mine[4][4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+#pragma unroll
+            for (int t = 0; t < 2; t++) {
+                const float *x = s + 8 * k + 4 * t;
+                float e0 = dsa__cu_exp2(__fmaf_rn(x[0], scale, z0)), e1 = dsa__cu_exp2(__fmaf_rn(x[1], scale, z0));
+                float f0 = dsa__cu_exp2(__fmaf_rn(x[2], scale, z1)), f1 = dsa__cu_exp2(__fmaf_rn(x[3], scale, z1));
+                l0 += e0 + e1;
+                l1 += f0 + f1;
+                mine[k][2 * t] = dsa__cu_pack(e0, e1);
+                mine[k][2 * t + 1] = dsa__cu_pack(f0, f1);
+            }
+            dsa__cu_store16(p_mine + k * 2048, make_uint4(mine[k][0], mine[k][1], mine[k][2], mine[k][3]));
+        }
+        l0 += __shfl_xor_sync(~0u, l0, 1); l0 += __shfl_xor_sync(~0u, l0, 2);
+        l1 += __shfl_xor_sync(~0u, l1, 1); l1 += __shfl_xor_sync(~0u, l1, 2);
+        dsa__cu_store8(swap + 2048 + w * 1024, l0, l1);
+        dsa__cu_bar(1, 256);
+        const float2 r = dsa__cu_read8(swap + 2048 + (1 - w) * 1024);
+        l0 = l0 + r.x;                                                      /* the same either way round */
+        l1 = l1 + r.y;
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            uint4 y = dsa__cu_read16(p_other + k * 2048);
+            const uint32_t other[4] = { y.x, y.y, y.z, y.w };
+#pragma unroll
+            for (int t = 0; t < 4; t++) {
+                p[k][t] = w ? other[t] : mine[k][t];
+                p[4 + k][t] = w ? mine[k][t] : other[t];
+            }
+        }
+        /* Block b of the cluster folds heads 4 b .. 4 b + 3. What it gets of a leaf also says that the leaf's scores are done: the other
+           half of its columns is free. */
+        const int head = 16 * (me >> 5) + (lane >> 2);
+        if (w == 0 && (lane & 3) < 2) {
+            const int h = head + 8 * (lane & 1);
+            const uint32_t rank = (uint32_t)h >> 2, at = base + S::stats + leaf * 32 + (h & 3) * 8;
+            const float m = lane & 1 ? m1 : m0, l = lane & 1 ? l1 : l0;
+            asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];"
+                :: "r"(dsa__cu_peer(at, rank)), "r"(__float_as_uint(m)), "r"(__float_as_uint(l)), "r"(dsa__cu_peer(stat_bar, rank)) : "memory");
+        }
+        float x[2][32];
+        dsa__cu_wgmma_fence();
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+#pragma unroll
+            for (int k = 0; k < 8; k++) dsa__cu_wgmma_rs(x[c], p[k], vd + (((k >> 2) * S::tile + c * DSA__CU_CHUNK + (k & 3) * 2048) >> 4),
+                k > 0);
+            dsa__cu_wgmma_commit();
+        }
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const uint32_t at = base + head * S::row + ((2 * w + c) * 64 + 2 * (lane & 3)) * 4;
+            if (c == 0) dsa__cu_wgmma_wait<1>();
+            else dsa__cu_wgmma_wait<0>();
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                dsa__cu_store8(at + 32 * j, x[c][4 * j], x[c][4 * j + 1]);
+                dsa__cu_store8(at + 32 * j + 8 * S::row, x[c][4 * j + 2], x[c][4 * j + 3]);
+            }
+        }
+        dsa__cu_proxy_fence();
+        dsa__cu_bar(1, 256);
+        if (tid < 64) {
+            dsa__cu_receive(stat_bar, 0);                                   /* all have scored */
+            const uint32_t rank = (uint32_t)tid >> 2, at = kv + (leaf >> 3) * S::tile + (1 - half) * 4 * DSA__CU_CHUNK + (leaf & 7) * 4096;
+            dsa__cu_peer_copy(dsa__cu_peer(at + (tid & 3) * 1024, rank), base + tid * S::row, 1024, dsa__cu_peer(x_bar, rank));
+        }
+    } else {                                             /* warps 8 .. 11: how the leaves of a head are folded */
+        const int h = (tid >> 5) & 3, head = group * 64 + 4 * leaf + h;
+        const int n = w == 2 ? (E.count + 127) / 128 : 0;
+#pragma unroll
+        for (int g = 0; g < 4; g++) widen(g);
+        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+        if (w == 2) dsa__cu_receive(stat_bar, 0);
+        const float2 st = lane < n && lane < 16 ? dsa__cu_read8(base + S::stats + lane * 32 + h * 8) : make_float2(-INFINITY, 0.0f);
+        float top = st.x, before, a, b, L = 0.0f;
+#pragma unroll
+        for (int k = 1; k < 16; k *= 2) {
+            float o = __shfl_up_sync(~0u, top, k);
+            if (lane >= k) top = fmaxf(top, o);
+        }
+        before = __shfl_up_sync(~0u, top, 1);
+        if (lane == 0) before = -INFINITY;
+        dsa__cu_weigh(before, st.x, a, b);
+        if (w == 2 && lane < 16) dsa__cu_store8(base + S::coef + h * 128 + lane * 8, a, b);
+        for (int k = 0; k < n; k++) L = __fmaf_rn(__shfl_sync(~0u, b, k), __shfl_sync(~0u, st.y, k), __fmul_rn(__shfl_sync(~0u, a, k), L));
+        const float M = __shfl_sync(~0u, top, n > 0 ? n - 1 : 0);
+        if (w == 2 && lane == 0 && head < A.n_heads) {
+            *(float *)(smem + S::end + 4 * h) = dsa__cu_norm(M, L, dsa__cu_sink(A, head));
+            if (half == 0) dsa__cu_stats(A, (int64_t)row * A.n_heads + head, M, L);
+        }
+    }
+    __syncthreads();
+    dsa__cu_receive(x_bar, 0);
+    {
+        const int h = tid >> 7, col = 2 * (tid & 127), head = group * 64 + 4 * leaf + h, n = (E.count + 127) / 128;
+        const uint32_t at = kv + (1 - half) * 4 * DSA__CU_CHUNK + h * 1024 + col * 4;
+        float2 O = make_float2(0.0f, 0.0f);
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            if (i < n) {
+                const float2 x = dsa__cu_read8(at + (i >> 3) * S::tile + (i & 7) * 4096), c = dsa__cu_read8(base + S::coef + h * 128 + i * 8);
+                O.x = __fmaf_rn(c.y, x.x, __fmul_rn(c.x, O.x));
+                O.y = __fmaf_rn(c.y, x.y, __fmul_rn(c.x, O.y));
+            }
+        }
+        if (head < A.n_heads) {
+            const float f = *(const float *)(smem + S::end + 4 * h);
+            dsa__cu_put2(A, ((int64_t)row * A.n_heads + head) * 512 + half * 256 + col, O.x * f, O.y * f);
+        }
+    }
+    dsa__cu_cluster_sync();                              /* what was sent from here has arrived */
+}
 #else
+template <int ROPE> static __global__ void dsa__cu_attend_one(const __grid_constant__ dsa__cu_attend A) { (void)A; }
 template <int ROPE, bool FP8, bool SPLIT, bool TWO>
 static __global__ void dsa__cu_attend_hopper(const __grid_constant__ dsa__cu_attend A) { (void)A; }
 #endif
 
 /* ---- launch ---------------------------------------------------------------------------------------- */
+static cudaError_t dsa__cu_attend_init(void)
+{
+    const cudaError_t e = cudaFuncSetAttribute(dsa__cu_attend_one<64>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    return e ? e : cudaFuncSetAttribute(dsa__cu_attend_one<0>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+}
+
 static int dsa__cu_attend_is_hopper(const dsa__cu *g, const dsa__cu_attend *A)
 {
     return g->path == DSA_CUDA_HOPPER && A->pool.dim == 512 && (A->pool.dim_rope == 64 || A->pool.dim_rope == 0) && A->dim_v == 512 &&
@@ -3449,6 +3750,13 @@ static int dsa__cu_attend_leaf(const dsa__cu *g, const dsa__cu_attend *A)
 }
 
 #define DSA__CU_PARTS_MOST ((size_t)128 << 20)
+
+/* dsa__cu_attend_one takes it: n_leaves is known. Its clusters want a GPC each. */
+static int dsa__cu_attend_is_one(const dsa__cu *g, const dsa__cu_attend *A)
+{
+    return dsa__cu_attend_is_hopper(g, A) && A->pool.format == DSA_FP8 && g->cluster == 16 && A->n_leaves >= 4 && A->n_leaves <= 16 &&
+           A->batch.n_rows * ((A->n_heads + 63) / 64) <= 2;
+}
 
 /* Which calls tensor cores take; dsa__cu_attend_reference takes the others. */
 static int dsa__cu_attend_takes(const dsa__cu *g, const dsa__cu_attend *A)
@@ -3475,6 +3783,9 @@ static size_t dsa__cu_attend_plan(const dsa__cu *g, dsa__cu_attend *A)
     const int64_t units = (int64_t)A->batch.n_rows * ((A->n_heads + per - 1) / per);
     int64_t chunks;
     A->n_leaves = (A->k + leaf - 1) / leaf;
+    A->leaves_per_chunk = A->n_leaves;
+    A->n_chunks = 1;
+    if (dsa__cu_attend_is_one(g, A)) return 0;
     chunks = units > 0 ? g->n_sm / units : 1;
     if (chunks < 4) chunks = 1;
     if (chunks > A->n_leaves) chunks = A->n_leaves;
@@ -3514,6 +3825,11 @@ static cudaError_t dsa__cu_attend_run(const dsa__cu *g, const dsa__cu_attend *ca
     int leaf = dsa__cu_attend_leaf(g, &A);
     if (A.batch.n_rows == 0) return cudaSuccess;
     if (grid > 0x7FFFFFFF || D % 8 || A.dim_v % 8 || A.dim_v > D || D > 576 || A.dim_v > 512) return cudaErrorInvalidValue;
+    if (dsa__cu_attend_is_one(g, &A)) {
+        const dim3 blocks((unsigned)(A.batch.n_rows * ((A.n_heads + 63) / 64) * 32));
+        return A.pool.dim_rope ? dsa__cu_launch(dsa__cu_attend_one<64>, blocks, 512, dsa__cu_one_smem::bytes, stream, 1, 16, args)
+                               : dsa__cu_launch(dsa__cu_attend_one<0>, blocks, 512, dsa__cu_one_smem::bytes, stream, 1, 16, args);
+    }
     A.parts = (float *)workspace;
     A.stats = split ? A.parts + (size_t)A.batch.n_rows * A.n_leaves * A.n_heads * A.dim_v : NULL;
     if (hopper) {
@@ -4339,6 +4655,7 @@ extern "C" dsa_status dsa_cuda_step(const dsa_ctx *ctx, const dsa_cuda_step_args
     score.prepared = score.tile >= a->batch.n_rows;
     convert = dsa__cu_convert_of(dsa__cu_of(ctx), &attend);
     attend.prepared = 1;
+    attend.early = attend.q_bf16;
     if (convert.n > 0) convert.to = c.q16;
     if (convert.n > 0) attend.q16 = c.q16;
     dsa__cu_begin_launch(&score.ranges.batch, &latent, &index, score.prepared ? &queries : NULL, &convert, (cudaStream_t)stream);
@@ -4757,6 +5074,7 @@ extern "C" dsa_status dsa_cuda_create(const dsa_cuda_desc *desc, dsa_cuda **cuda
         if (g->path == DSA_CUDA_AUTO) g->path = hopper ? DSA_CUDA_HOPPER : DSA_CUDA_PORTABLE;
         if (t.err == cudaSuccess) t.err = dsa__cu_index_init(hopper);
         if (t.err == cudaSuccess) t.err = dsa__cu_topk_init(g);
+        if (t.err == cudaSuccess && g->cluster) t.err = dsa__cu_attend_init();
         if (t.err == cudaSuccess) t.err = cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking);
         (void)cudaGetLastError();
         if (t.before != g->device) (void)cudaSetDevice(t.before);

@@ -3534,8 +3534,8 @@ static __global__ void __launch_bounds__(512, 1) dsa__cu_attend_one(const __grid
     const uint4 scales = dsa__cu_load16(from + 512, on);
     const uint32_t to = kv + (key >> 6) * S::tile + (key & 63) * 128, to0 = to + (((2 * u) ^ sub) << 4), to1 = to + (((2 * u + 1) ^ sub) << 4);
     if (ROPE) {
-        dsa__cu_copy16(to0 + 8 * DSA__CU_CHUNK, on ? from + 528 + 32 * u : E.data, on);
-        dsa__cu_copy16(to1 + 8 * DSA__CU_CHUNK, on ? from + 544 + 32 * u : E.data, on);
+        dsa__cu_copy16(to0 + 8 * DSA__CU_CHUNK, on ? from + 528 + 32 * u : A.pool.data, on);
+        dsa__cu_copy16(to1 + 8 * DSA__CU_CHUNK, on ? from + 544 + 32 * u : A.pool.data, on);
     }
     dsa__cu_copy_commit();
     {

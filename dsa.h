@@ -47,6 +47,7 @@
      >>cache        rows in memory: layouts, pages, append, read back
      >>validate     arguments, checked once at the edge
      >>append       1. rows into the caches
+     >>compress     1b. entries of several tokens
      >>score        2. and 3. index scores, selection, and both in one pass
      >>attend       4. attention over what was selected, as an accumulator
      >>step         append, score, select and attend in one call
@@ -60,8 +61,8 @@
 /* ============================================================================================
    >>manual                                   what it computes, how to call it, what it promises
    ============================================================================================
-   Chapters: WHAT IT DOES NOT DO, ALGORITHM, LAYER, CALLS, BATCHES, BACKWARD, LAYOUTS, ROUNDING, CONTRACTS, THREADS, CUDA, MEMORY, ERRORS,
-   OPTIONS, CONVENTIONS, PEERS, LIMITS, SOURCES.
+   Chapters: WHAT IT DOES NOT DO, ALGORITHM, LAYER, MODELS, CALLS, BATCHES, BACKWARD, LAYOUTS, ROUNDING, CONTRACTS, THREADS, CUDA,
+   MEMORY, ERRORS, OPTIONS, CONVENTIONS, PEERS, LIMITS, SOURCES.
 
    WHAT IT DOES NOT DO
      No model: no files, tokens, embeddings, MLP or experts, no residual; the layer ends at o_proj. Backward passes, but no optimiser.
@@ -106,8 +107,43 @@
      W_UK, W_UV are the rows [0, nope) and [nope, nope + v) of each head in kv_b_proj. The indexer reads the normalised qr.
      index_rope_interleaved: 0 for V3.2 (half-split), 1 for GLM. The wrong one goes unnoticed until L exceeds k.
 
+   MODELS: the same calls for every model with a lightning indexer. 0 in each field below is DeepSeek-V3.2
+     keys       An entry is what has an index key: a token, or a pool of `stride` tokens. It is rotated for its first token's position and
+                seen by a query that sees its last token. pooling, over the rows x_i of its tokens, per channel:
+                MEAN; GATED: Sum_i softmax_i(z_i + b_i) x_i; GATED_OVERLAP: the same over the first half of the channels of the last
+                block's rows and the second half of the own ones'. index_norm comes before or, norm_pooled, after it, RoPE last.
+                dsa_compress keeps the rows of the unfinished entry and writes finished ones; token keys go through dsa_append.
+     scores     I[t,g,s] = Sum_(h in group g) w[t,h] a(<q_I[t,h], k_I[s]>): index_groups lists a query, a = ReLU or, index_linear, nothing.
+                index_no_weights: every w is index_scale.
+     selection  An item is an entry or a block of block_size entries, which scores what its best visible one does (a NaN is none).
+                The n_local_blocks newest are in, whatever they score; the others compete for the rest of top_k.
+     lists      name the visible tokens of their items, and with keep_tail those behind the last whole entry, which no entry stands for
+                yet. list_entries: the items themselves. dsa_list_length int32s each.
+     attention  Head h reads list h index_groups / H. The value is the first dim_value channels of the row or, n_kv_heads, a row of its
+                own: head h reads KV head h n_kv / H of both. Several caches: one dsa_attend_add each, then finish with the sinks.
+     helpers    dsa_norm_rows; dsa_rope_rows with inverse (V4 turns the last channels of its output back); dsa_gate.
+     The projections around these are the model's own: tools/conformance_layers.h writes three families out, dsa_layer knows LAYER only and
+     refuses the rest, as dsa_step, dsa_select, gradients and devices refuse what they do not know (DSA_ERR_UNSUPPORTED).
+     model         preset              beside the widths, it sets                                          held to tests/vectors/
+     deepseek_v32  DSA_DEEPSEEK_V32    nothing                                                             deepseek_v32_*
+     glm_moe_dsa   DSA_GLM_5, GLM_52   index_rope_interleaved; 5.2: index_share_freq, _offset              glm_moe_dsa_shared
+     deepseek_v3   DSA_DEEPSEEK_V3     no indexer: attend VISIBLE, DSA_LAYER_DENSE                         backward/torch (layer dense)
+     axk2          DSA_AXK2            nothing; output gate                                                models/axk2
+     hy_v4         DSA_HY_V4           index_rope_offset, index_share_freq, _offset; sinks, output gate    models/hy_v4
+     glm5_next     DSA_GLM5_NEXT       stride 16, GATED, keep_tail; no RoPE                                models/glm5_next
+     minimax_m3    DSA_MINIMAX_M3      n_kv_heads, index_groups 4, index_linear, index_no_weights,         models/minimax_m3
+                                       block_size 128, n_local_blocks 1, index_norm RMS_PLUS_ONE
+     qwen4_exp     DSA_QWEN4_EXP       n_kv_heads, stride (yours), MEAN, norm_pooled, keep_tail,           models/qwen4_exp
+                                       index_no_weights, index_norm RMS_PLUS_ONE; output gate
+     deepseek_v4   DSA_DEEPSEEK_V4_    stride 4, GATED_OVERLAP, index_norm RMS, norm_pooled, list_entries, models/deepseek_v4
+                   FLASH, _PRO         dim_value 512 of 448 + 64, window; sinks; inverse RoPE
+     What a variant costs: without ReLU a head counts twice (x = ReLU(x) - ReLU(-x), to the bit). A group's heads fill vector lanes of
+     their own. Grouped queries copy each row they read, per KV head, and dot products run over dim_value + R channels. A compressor
+     keeps 4 width bytes for each of stride + n_kept tokens (OVERLAP 2 stride and 2 width), twice that with gates.
+
    CALLS
      dsa_append            rows into one or both caches                      an engine that has its own projections
+     dsa_compress          rows into entries of several tokens               pooled index keys, DeepSeek-V4's compressed rows
      dsa_score             all scores of a query, [rows, stride] f32         inspection, training data, your own selection
      dsa_select            exact top-k of stored scores                      scores from elsewhere (a GPU, dsa_score)
      dsa_score_select      both in one pass, no row of L scores              the normal way to choose rows
@@ -438,7 +474,7 @@ typedef enum dsa_type {          /* element type of a tensor or format of a cach
     DSA_INT8                     /* int8, one f32 scale per row; index keys only */
 } dsa_type;
 
-typedef enum dsa_kind { DSA_LATENT = 0, DSA_INDEX_KEY } dsa_kind;   /* what a cache holds */
+typedef enum dsa_kind { DSA_LATENT = 0, DSA_INDEX_KEY, DSA_VALUE } dsa_kind;   /* what a cache holds; DSA_VALUE: only with n_kv_heads */
 
 typedef enum dsa_isa {
     DSA_ISA_AUTO = 0,            /* the best that this build and this CPU have */
@@ -478,7 +514,30 @@ typedef enum dsa_index_kind {
     DSA_PHYSICAL                 /* slot = page * page_size + offset; valid in [0, n_pages * page_size) */
 } dsa_index_kind;
 
-typedef enum dsa_preset { DSA_DEEPSEEK_V32 = 0, DSA_GLM_5, DSA_GLM_52 } dsa_preset;   /* DSA_GLM_5: GLM-5.1, too */
+typedef enum dsa_pooling {       /* how `stride` rows become one entry; the manual's chapter MODELS */
+    DSA_POOL_NONE = 0,           /* one row, one entry */
+    DSA_POOL_MEAN,
+    DSA_POOL_GATED,              /* a softmax over the rows, for every channel */
+    DSA_POOL_GATED_OVERLAP       /* the same over this block's rows and the last one's */
+} dsa_pooling;
+
+typedef enum dsa_norm {
+    DSA_NORM_LAYER = 0,          /* weight and bias */
+    DSA_NORM_RMS,                /* weight */
+    DSA_NORM_RMS_PLUS_ONE,       /* 1 + weight */
+    DSA_NORM_NONE
+} dsa_norm;
+
+typedef enum dsa_preset {
+    DSA_DEEPSEEK_V32 = 0,
+    DSA_GLM_5,                   /* and GLM-5.1 */
+    DSA_GLM_52,
+    DSA_DEEPSEEK_V3,             /* dense: no indexer */
+    DSA_AXK2, DSA_HY_V4, DSA_GLM5_NEXT, DSA_MINIMAX_M3,
+    DSA_QWEN4_EXP,               /* top_k, stride, n_index_heads and dim_index are the checkpoint's: dsa_init wants stride set */
+    DSA_DEEPSEEK_V4_FLASH,       /* CSA layers. HCA: stride 128, DSA_POOL_GATED, no indexer. Window only: plain RoPE of theta 1e4 */
+    DSA_DEEPSEEK_V4_PRO
+} dsa_preset;
 
 /* ---- hooks -------------------------------------------------------------------------------- */
 /* Runs task(arg, i) for every i in [0, n_tasks), in any order, on any threads, each exactly once, and
@@ -548,6 +607,26 @@ typedef struct dsa_config {
     int32_t index_share_freq;    /* GLM-5.2 IndexShare                                 0 = every layer has one */
     int32_t index_share_offset;  /* both for the caller's dsa_layer_has_indexer(): no call reads them */
     dsa_hadamard hadamard;
+    /* what other models change; zero everywhere is DeepSeek-V3.2 (the manual's chapter MODELS) */
+    int32_t stride;              /* tokens per entry of the index                      0 = 1 */
+    dsa_pooling pooling;         /* how they become one */
+    dsa_norm index_norm;         /* norm of an index key, */
+    int32_t norm_pooled;         /* not 0: after pooling; 0: of the rows before it */
+    int32_t index_groups;        /* lists per query: the index heads of one are summed, its query heads share it     0 = 1 */
+    int32_t index_linear;        /* not 0: scores without ReLU */
+    int32_t index_no_weights;    /* not 0: w is NULL in calls, every head weighs index_scale */
+    float index_scale;           /* 0 = HI^-0.5 D^-0.5, without weights D^-0.5 */
+    int32_t block_size;          /* entries that are chosen together, by the highest score among them         0 = 1 */
+    int32_t n_local_blocks;      /* newest blocks that are chosen whatever they score, within top_k */
+    int32_t keep_tail;           /* not 0: lists end with the visible tokens behind the last whole entry */
+    int32_t list_entries;        /* not 0: lists name entries or blocks; 0: their tokens */
+    int32_t n_kv_heads;          /* 0: one row for all heads, value in front. Else grouped queries: keys [n_kv, dim_latent] in the
+                                    latent cache (dim_rope DSA_NONE), values [n_kv, dim_value] in one of kind DSA_VALUE */
+    int32_t dim_value;           /* width of the value                                 0 = dim_latent */
+    int32_t rope_width;          /* rotated channels of a query head and key           0 = dim_rope, DSA_NONE = 0 */
+    int32_t rope_first;          /* not 0: they are the first ones, 0: the last */
+    int32_t window;              /* sliding window beside the entries, for the caller's own range: no call reads it */
+    int32_t foreign_layer;       /* not 0: the layer around it is not the manual's LAYER, dsa_layer is refused */
     /* run time */
     dsa_isa isa;                 /* 0 = the best this CPU has */
     dsa_precision precision;
@@ -583,12 +662,15 @@ DSA_API dsa_status  dsa_config_preset(dsa_preset preset, dsa_config *config);
 DSA_API dsa_status  dsa_init(dsa_ctx *ctx, const dsa_config *config);
 /* The ISA that dsa_init chose. */
 DSA_API dsa_isa     dsa_query_isa(const dsa_ctx *ctx);
-/* The config's two rotary embeddings: of the main attention for a row of dim_row channels (rotates its last dim_rope),
-   and of the indexer. ctx: initialised, not NULL. */
+/* The config's two rotary embeddings: of the main attention for a row of dim_row channels (rotates its last rope_width, or the
+   first ones), and of the indexer. ctx: initialised, not NULL. */
 DSA_API dsa_rope    dsa_config_rope(const dsa_ctx *ctx, int32_t dim_row);
 DSA_API dsa_rope    dsa_config_index_rope(const dsa_ctx *ctx);
 /* GLM-5.2 IndexShare (spec 1): 1 if 0-based layer i has its own indexer: max(i - offset + 1, 0) % freq == 0, or freq <= 1. */
 DSA_API int         dsa_layer_has_indexer(int32_t freq, int32_t offset, int32_t i);
+/* int32s of one list: top_k (0 = the config's), or the tokens of as many entries or blocks, and those of the tail. 0: ctx is not
+   initialised, or top_k negative. */
+DSA_API int64_t     dsa_list_length(const dsa_ctx *ctx, int32_t top_k);
 
 /* ---- number formats (each usable on its own; no context, cannot fail) ------------------------ */
 DSA_API float    dsa_bf16_to_f32(uint16_t x);
@@ -612,6 +694,11 @@ DSA_API float    dsa_quantize_int8(const float *x, int32_t n, int8_t *y);
    y = x (mean(x^2) + eps)^-0.5 gain          y = (x - mean) (var + eps)^-0.5 gain + bias, biased variance */
 DSA_API dsa_status dsa_rms_norm(float *x, int64_t n_rows, int64_t stride, int32_t dim, const float *gain, float eps);
 DSA_API dsa_status dsa_layer_norm(float *x, int64_t n_rows, int64_t stride, int32_t dim, const float *gain, const float *bias, float eps);
+/* Whichever norm: PLUS_ONE takes weights w for gains 1 + w; of RMS gain may be NULL (all 1); LAYER wants bias; NONE does nothing. */
+DSA_API dsa_status dsa_norm_rows(dsa_norm norm, float *x, int64_t n_rows, int64_t stride, int32_t dim, const float *gain,
+                                 const float *bias, float eps);
+/* An output gate: y[i] = y[i] sigmoid(g[i]) for i < n. ERR_NULL, ERR_SHAPE. */
+DSA_API dsa_status dsa_gate(float *y, const float *g, int64_t n);
 /* Sylvester order, times dim^-0.5: orthonormal and self-inverse. dim must be a power of two. */
 DSA_API dsa_status dsa_hadamard_rows(float *x, int64_t n_rows, int64_t stride, int32_t dim);
 /* Rotates channels [offset, offset + width) of n_heads heads (head_stride floats apart) of each row by the row's
@@ -625,9 +712,9 @@ DSA_API dsa_status dsa_rope_frequencies(const dsa_rope *rope, double *f);
 /* ---- caches ------------------------------------------------------------------------------- */
 /* What a cache is; zero = contiguous f32 latents of the config's dims. */
 typedef struct dsa_cache_desc {
-    dsa_kind kind;               /* DSA_LATENT: rows [c | k_pe]; DSA_INDEX_KEY: rows k_I */
-    dsa_type format;             /* latent: F32, BF16, FP8; index key: F32, BF16, FP8, INT8 */
-    int32_t dim;                 /* R or D                                    0 = from the config */
+    dsa_kind kind;               /* DSA_LATENT: rows [c | k_pe]; DSA_INDEX_KEY: rows k_I; DSA_VALUE: rows [n_kv, dim_value] */
+    dsa_type format;             /* latent: F32, BF16, FP8 (not under n_kv_heads); index key: F32, BF16, FP8, INT8; value: F32, BF16 */
+    int32_t dim;                 /* R (n_kv R), D or n_kv dim_value           0 = from the config */
     int32_t dim_rope;            /* latent only: r                            0 = from the config, DSA_NONE = 0 */
     dsa_hadamard hadamard;       /* index keys only                           0 = the config's, which may be AUTO */
     dsa_device device;           /* CUDA: config.cuda, else ERR_NO_DEVICE; AUTO: config.cuda if there is one, else CPU */
@@ -697,10 +784,12 @@ DSA_API dsa_status dsa_cache_read(const dsa_ctx *ctx, const dsa_cache *cache, in
    unless ks/ke say otherwise: decode is n_q = 1, drafts are n_q = 2.., a prefill chunk is any n_q. */
 typedef struct dsa_seq {
     dsa_cache *latent;           /* NULL where the call does not read latents */
-    dsa_cache *index;            /* NULL where the call does not read index keys */
+    dsa_cache *index;            /* NULL where the call does not read index keys. stride > 1: its rows are entries, everything else
+                                    here still counts tokens, and len 0 is the latent cache's len */
     int64_t len;                 /* rows visible to this call; 0 = the cache's len, DSA_NONE = 0. Pass your own beside an appender. It may
                                     exceed the cache's len, up to the capacity: then you vouch for the rows */
     int32_t n_q;                 /* queries (append: rows to write); 0 = 1, DSA_NONE = 0 */
+    dsa_cache *value;            /* n_kv_heads > 0: the values, in the format of the latent cache, which then holds the keys */
 } dsa_seq;
 
 /* ---- 1. append ---------------------------------------------------------------------------- */
@@ -710,12 +799,50 @@ typedef struct dsa_append_args {
                                     given or n_q is DSA_NONE: ERR_ARGUMENT */
     const float *latent;         /* [rows, R + r]  normalised c, then rotated k_pe; NULL = no latent cache is written */
     const float *index_key;      /* [rows, D]      normalised and rotated k_I, before Hadamard; NULL likewise */
-    const int64_t *slots;        /* optional [rows], for both caches: write to these physical slots instead, in [0, n_pages page_size),
+    const float *value;          /* [rows, n_kv, dim_value]; NULL likewise */
+    const int64_t *slots;        /* optional [rows], for all caches: write to these physical slots instead, in [0, n_pages page_size),
                                     -1 = skip, else ERR_TABLE; len stays as it is */
 } dsa_append_args;
 /* All or nothing: capacity, tables and slots of every sequence are checked before the first byte is written. Needs no workspace, runs
    on the caller's thread. ERR_CAPACITY, ERR_TABLE, ERR_FORMAT, ERR_ARGUMENT, ERR_NULL and what dsa_cache_check gives. */
 DSA_API dsa_status dsa_append(const dsa_ctx *ctx, const dsa_append_args *args);
+
+/* ---- 1b. entries of several tokens ---------------------------------------------------------- */
+/* Pools `stride` rows into one row of a cache: index keys (kind DSA_INDEX_KEY: D channels, index_norm with index_norm_eps, the
+   index RoPE) or DeepSeek-V4's compressed rows (DSA_LATENT: R + r channels, index_norm with norm_eps, the main RoPE), as the config's
+   stride, pooling and norm_pooled say. The entry of tokens [w stride, (w + 1) stride) is row w, rotated for position w stride. It is
+   written when its last token comes. One for each sequence and cache, in the caller's memory; what it points to must outlive it. */
+typedef struct dsa_compressor_desc {
+    dsa_kind kind;
+    const float *gain, *bias;    /* of the norm [dim]; as dsa_norm_rows wants them */
+    const float *gate_bias;      /* GATED: optional [stride, width], added to the gates of a block's tokens. width: dim, OVERLAP 2 dim */
+    int64_t n_kept;              /* tokens that truncate may take back, whatever they leave (fewer reach back more often than not);
+                                    4 width bytes each, gated 8 width. 0: those that an entry needs and no more */
+} dsa_compressor_desc;
+
+typedef struct dsa_compressor {  /* read-only for callers */
+    dsa_compressor_desc desc;
+    dsa_pooling pooling;
+    dsa_norm norm;
+    int32_t norm_pooled, stride, dim, width;
+    float eps;
+    dsa_rope rope;
+    int64_t len, first, room;    /* tokens so far; the rows of tokens [first, len) are kept; places for rows */
+    float *rows, *gates;         /* [room, width] token j in place j % room, normed already where the norm comes first */
+    float *entry, *max, *sum;    /* [dim] scratch */
+} dsa_compressor;
+
+/* ERR_NULL, ERR_ARGUMENT, ERR_SHAPE, ERR_OVERFLOW; init also ERR_CAPACITY if the memory (any alignment) is too small. */
+DSA_API dsa_status dsa_compressor_bytes(const dsa_ctx *ctx, const dsa_compressor_desc *desc, size_t *bytes);
+DSA_API dsa_status dsa_compressor_init(const dsa_ctx *ctx, const dsa_compressor_desc *desc, void *memory, size_t bytes, dsa_compressor *c);
+/* n_rows more tokens: rows [n_rows, width], gates likewise (GATED only, else NULL), before norm and RoPE. The cache holds the entries so
+   far and gets those that become whole: all or nothing. The same bits however the tokens are cut into calls. No workspace, the caller's
+   thread. ERR_ARGUMENT if the cache is not at entry len / stride; ERR_CAPACITY and what dsa_cache_check gives. */
+DSA_API dsa_status dsa_compress(const dsa_ctx *ctx, dsa_compressor *c, int64_t n_rows, const float *rows, const float *gates,
+                                dsa_cache *cache);
+/* Back to n_tokens, the cache to n_tokens / stride entries. ERR_ARGUMENT if n_tokens > len; ERR_CAPACITY if the rows of an entry that is
+   now incomplete (OVERLAP: and of the one before) are no longer kept: n_kept. A multiple of stride always works, but for OVERLAP. */
+DSA_API dsa_status dsa_compressor_truncate(const dsa_ctx *ctx, dsa_compressor *c, dsa_cache *cache, int64_t n_tokens);
 
 /* ---- 2. score ----------------------------------------------------------------------------- */
 /* I[t,s] = sum_h w[t,h] ReLU(<q[t,h], k[s]>)    DeepSeek-V3.2-Exp paper, eq. (1) */
@@ -723,9 +850,10 @@ typedef struct dsa_score_args {
     int32_t n_seqs;
     const dsa_seq *seqs;         /* index caches: one format, one set of dims, one Hadamard flag */
     const float *q;              /* [rows, HI, D]  after RoPE, before Hadamard and rounding */
-    const float *w;              /* [rows, HI]     with HI^-0.5 D^-0.5 already in; may be negative */
+    const float *w;              /* [rows, HI]     with HI^-0.5 D^-0.5 already in; may be negative. index_no_weights: NULL */
     const int64_t *ks, *ke;      /* optional [rows]: half-open key range instead of the visible rows, clamped to [0, len]: rows after the
-                                    query count, too. Both or neither; ks >= ke: none */
+                                    query count, too. Both or neither; ks >= ke: none. Selection: only where items are index rows and
+                                    are named themselves (ERR_UNSUPPORTED with block_size, n_local_blocks, or a span of tokens) */
     int32_t n_index_heads;       /* 0 = the config's */
     void *workspace;             /* any alignment */
     size_t workspace_size;
@@ -735,16 +863,17 @@ typedef struct dsa_score_args {
 typedef struct dsa_selection {
     int32_t top_k;               /* k >= 1; 0 = the config's */
     dsa_order order;
-    int32_t *indices;            /* [rows, k] logical positions, unused places -1 */
-    float *scores;               /* optional [rows, k] in the same order, unused places -inf */
+    int32_t *indices;            /* [rows, k] logical positions, unused places -1; in general [rows, index_groups, dsa_list_length] */
+    float *scores;               /* optional [rows, k] in the same order, unused places -inf. RANK and scores: only where items are named
+                                    themselves (list_entries, or tokens of their own) */
     int32_t *counts;             /* optional [rows] places used */
 } dsa_selection;
 
 /* All x_workspace functions: checks and errors of the call itself; pointers to data may still be NULL; *bytes is written on success
    only. */
 DSA_API dsa_status dsa_score_workspace(const dsa_ctx *ctx, const dsa_score_args *args, size_t *bytes);
-/* scores [rows, stride]: columns [0, n_cols), -inf outside the row's key range; the columns behind them are left alone, keys from
-   n_cols on not scored. ERR_SHAPE unless 0 <= n_cols <= stride. */
+/* scores [rows, stride], in general [rows, index_groups, stride]: columns [0, n_cols), -inf outside the row's key range; the columns
+   behind them are left alone, keys from n_cols on not scored. ERR_SHAPE unless 0 <= n_cols <= stride. */
 DSA_API dsa_status dsa_score(const dsa_ctx *ctx, const dsa_score_args *args, float *scores, int64_t n_cols, int64_t stride);
 
 /* ---- 3. select ---------------------------------------------------------------------------- */
@@ -786,7 +915,7 @@ DSA_API dsa_status dsa_merge_topk(const dsa_ctx *ctx, const dsa_merge_topk_args 
 typedef struct dsa_attend_state {
     int64_t n_rows;
     int32_t n_heads;             /* 0 = the config's */
-    int32_t dim_v;               /* width of the value, the first dim_v channels of a row; 0 = the config's dim_latent */
+    int32_t dim_v;               /* width of the value, the first dim_v channels of a row; 0 = the config's dim_value */
     float *max;                  /* [n_rows, n_heads] */
     float *sum;                  /* [n_rows, n_heads] */
     float *out;                  /* [n_rows, n_heads, dim_v] */
@@ -802,14 +931,15 @@ typedef struct dsa_attend_args {
     int32_t n_seqs;
     const dsa_seq *seqs;         /* latent caches: one format and one set of dims */
     const float *q;              /* [rows, n_heads, R + r]  [q_lat | q_pe] */
+    int32_t n_lists;             /* lists per row, each for its n_heads / n_lists query heads; 0 = the config's index_groups */
     float scale;                 /* softmax scale, any finite value; 0 = the config's */
     dsa_attend_what what;
     dsa_index_kind index_kind;
-    const int32_t *indices;      /* LIST: [rows, index_stride]; anything invalid is skipped; duplicates count as often as they appear; rows
-                                    after the query count, too */
-    int64_t n_indices;           /* entries read per row; 0 = the config's top_k (for none: counts of 0) */
-    int64_t index_stride;        /* int32s from row to row; 0 = n_indices */
-    const int32_t *counts;       /* optional [rows]: read only the first counts[row] entries (clamped to [0, n_indices]) */
+    const int32_t *indices;      /* LIST: [rows, n_lists, index_stride]; anything invalid is skipped; duplicates count as often as they
+                                    appear; rows after the query count, too */
+    int64_t n_indices;           /* entries read per list; 0 = dsa_list_length, plainly top_k (for none: counts of 0) */
+    int64_t index_stride;        /* int32s from list to list; 0 = n_indices */
+    const int32_t *counts;       /* optional [rows, n_lists]: read only the first counts[row] entries (clamped to [0, n_indices]) */
     const int64_t *ks, *ke;      /* RANGE: [rows] */
     void *workspace;
     size_t workspace_size;
@@ -1516,6 +1646,61 @@ DSA_API dsa_status dsa_layer_norm(float *x, int64_t n_rows, int64_t stride, int3
     return DSA_OK;
 }
 
+/* e^x for x <= 0, within 2 ulp; 0 below -87, NaN stays NaN. Ours, so that results do not depend on the libm at hand.
+   x = n ln 2 + r with |r| <= ln 2 / 2; e^r by its Taylor polynomial (remainder r^8/8! < 6e-9), times 2^n. */
+static float dsa__exp(float x)
+{
+    float t = x > -87.0f ? x : -87.0f, r, y;
+    int32_t n = (int32_t)(t * 1.44269504f - 0.5f);
+    r = t - (float)n * 0.693359375f;                     /* ln 2 in two parts: the first has few bits, so n times it is exact */
+    r = r - (float)n * -2.12194440e-4f;
+    y = 1.0f / 5040.0f;
+    y = y * r + 1.0f / 720.0f;
+    y = y * r + 1.0f / 120.0f;
+    y = y * r + 1.0f / 24.0f;
+    y = y * r + 1.0f / 6.0f;
+    y = y * r + 0.5f;
+    y = y * r + 1.0f;
+    y = y * r + 1.0f;
+    y *= dsa__from_bits((uint32_t)(n + 127) << 23);
+    y = x < -87.0f ? 0.0f : y;
+    return x != x ? x : y;
+}
+
+DSA_API dsa_status dsa_norm_rows(dsa_norm norm, float *x, int64_t n_rows, int64_t stride, int32_t dim, const float *gain,
+                                 const float *bias, float eps)
+{
+    int64_t t;
+    int32_t i;
+    if (norm == DSA_NORM_NONE) return DSA_OK;
+    if (norm == DSA_NORM_LAYER) return dsa_layer_norm(x, n_rows, stride, dim, gain, bias, eps);
+    if (norm != DSA_NORM_RMS && norm != DSA_NORM_RMS_PLUS_ONE) return DSA_ERR_ARGUMENT;
+    if (norm == DSA_NORM_RMS && gain) return dsa_rms_norm(x, n_rows, stride, dim, gain, eps);
+    if (n_rows > 0 && (!x || (norm == DSA_NORM_RMS_PLUS_ONE && !gain))) return DSA_ERR_NULL;
+    if (n_rows < 0 || dim < 1 || stride < dim) return DSA_ERR_SHAPE;
+    for (t = 0; t < n_rows; t++) {
+        float *r = x + t * stride, inv;
+        double sum = 0.0;
+        for (i = 0; i < dim; i++) sum += (double)r[i] * (double)r[i];
+        inv = (float)(1.0 / sqrt(sum / dim + (double)eps));
+        for (i = 0; i < dim; i++) r[i] = r[i] * inv * (gain ? 1.0f + gain[i] : 1.0f);
+    }
+    return DSA_OK;
+}
+
+/* sigmoid(x) = 1 / (1 + e^-x) = e^x / (1 + e^x): of the two the one whose exponent is not positive */
+DSA_API dsa_status dsa_gate(float *y, const float *g, int64_t n)
+{
+    int64_t i;
+    if (n < 0) return DSA_ERR_SHAPE;
+    if (n > 0 && (!y || !g)) return DSA_ERR_NULL;
+    for (i = 0; i < n; i++) {
+        float e = dsa__exp(g[i] > 0.0f ? -g[i] : g[i]);
+        y[i] *= (g[i] > 0.0f ? 1.0f : e) / (1.0f + e);
+    }
+    return DSA_OK;
+}
+
 static void dsa__load_bf16(const unsigned char *p, int32_t n, float *x)
 {
     int32_t i;
@@ -1853,27 +2038,6 @@ static void dsa__ref_score(dsa_type format, int32_t n_heads, int32_t dim, int32_
             if (scale) for (s = 0; s < m; s++) It[s] *= scale[at + s];
         }
     }
-}
-
-/* e^x for x <= 0, within 2 ulp; 0 below -87, NaN stays NaN. Ours, so that results do not depend on the libm at hand.
-   x = n ln 2 + r with |r| <= ln 2 / 2; e^r by its Taylor polynomial (remainder r^8/8! < 6e-9), times 2^n. */
-static float dsa__exp(float x)
-{
-    float t = x > -87.0f ? x : -87.0f, r, y;
-    int32_t n = (int32_t)(t * 1.44269504f - 0.5f);
-    r = t - (float)n * 0.693359375f;                     /* ln 2 in two parts: the first has few bits, so n times it is exact */
-    r = r - (float)n * -2.12194440e-4f;
-    y = 1.0f / 5040.0f;
-    y = y * r + 1.0f / 720.0f;
-    y = y * r + 1.0f / 120.0f;
-    y = y * r + 1.0f / 24.0f;
-    y = y * r + 1.0f / 6.0f;
-    y = y * r + 0.5f;
-    y = y * r + 1.0f;
-    y = y * r + 1.0f;
-    y *= dsa__from_bits((uint32_t)(n + 127) << 23);
-    y = x < -87.0f ? 0.0f : y;
-    return x != x ? x : y;
 }
 
 #define DSA__REF_ROWS 64                                 /* rows expanded at a time; divides DSA__ROWS */
@@ -5463,11 +5627,65 @@ DSA_API int dsa_layer_has_indexer(int32_t freq, int32_t offset, int32_t i)
     return freq <= 1 || dsa__max64(n, 0) % freq == 0;
 }
 
+/* Models whose layers are not the manual's LAYER. Class defaults of transformers 5.17.0 (theta, too, where it has one); V4 from the
+   published configs (spec 1). A checkpoint's config.json has the last word. */
+static void dsa__preset_foreign(dsa_preset preset, dsa_config *c)
+{
+    int v4 = preset == DSA_DEEPSEEK_V4_FLASH || preset == DSA_DEEPSEEK_V4_PRO, pro = preset == DSA_DEEPSEEK_V4_PRO;
+    c->foreign_layer = 1;
+    c->dim_index = 128;
+    c->top_k = 2048;
+    c->norm_eps = c->index_norm_eps = 1e-6f;
+    if (preset == DSA_AXK2) {                            /* MLA; q and gate from one projection of [qr | W_qa x] */
+        c->n_heads = 32; c->dim_latent = 128; c->dim_rope = 32; c->n_index_heads = 16;
+        c->dim_hidden = 2048; c->dim_q_lora = 384; c->dim_nope = 64; c->dim_v = 64;
+        c->index_rope_width = 32;
+    } else if (preset == DSA_HY_V4) {                    /* MLA; sinks and an output gate */
+        c->n_heads = 32; c->dim_latent = 512; c->dim_rope = 64; c->n_index_heads = 16;
+        c->dim_hidden = 2816; c->dim_q_lora = 1536; c->dim_nope = 192; c->dim_v = 256;
+        c->index_norm_eps = 1e-5f;
+        c->rope_layout = DSA_ROPE_HALF;
+        c->index_rope_width = 64; c->index_rope_offset = 64;
+        c->index_share_freq = 4; c->index_share_offset = 2;
+    } else if (preset == DSA_GLM5_NEXT) {                /* MLA without RoPE; 128 pools of 16 tokens */
+        c->n_heads = 64; c->dim_latent = 512; c->dim_rope = DSA_NONE; c->n_index_heads = 32;
+        c->dim_hidden = 4096; c->dim_q_lora = 1536; c->dim_nope = 256; c->dim_v = 256;
+        c->norm_eps = 1e-5f;
+        c->index_rope_width = DSA_NONE;
+        c->stride = 16; c->pooling = DSA_POOL_GATED; c->keep_tail = 1; c->top_k = 128;
+    } else if (preset == DSA_MINIMAX_M3) {               /* grouped queries; 16 blocks of 128 tokens for each KV head */
+        c->n_heads = 64; c->n_kv_heads = 4; c->dim_latent = c->dim_value = 128; c->dim_rope = DSA_NONE;
+        c->n_index_heads = c->index_groups = 4;
+        c->dim_hidden = 6144;
+        c->rope_layout = DSA_ROPE_HALF; c->rope_first = 1; c->rope_width = c->index_rope_width = 128; c->rope_theta = 5e6;
+        c->index_norm = DSA_NORM_RMS_PLUS_ONE; c->index_linear = c->index_no_weights = 1; c->index_scale = 1.0f;
+        c->block_size = 128; c->n_local_blocks = 1; c->top_k = 16;
+    } else if (preset == DSA_QWEN4_EXP) {                /* grouped queries; means of the keys of a block; an output gate */
+        c->n_heads = 16; c->n_kv_heads = 2; c->dim_latent = c->dim_value = 256; c->dim_rope = DSA_NONE;
+        c->dim_hidden = 2048;
+        c->rope_layout = DSA_ROPE_HALF; c->rope_first = 1; c->rope_width = 256; c->index_rope_width = 128;
+        c->index_norm = DSA_NORM_RMS_PLUS_ONE; c->norm_pooled = 1; c->index_no_weights = 1;
+        c->stride = DSA_NONE; c->pooling = DSA_POOL_MEAN; c->keep_tail = 1;
+    } else if (v4) {                                     /* one key for all heads, all of it value; chosen entries and a window */
+        c->n_heads = pro ? 128 : 64; c->dim_latent = 448; c->dim_rope = 64; c->dim_value = 512; c->n_index_heads = 64;
+        c->dim_hidden = pro ? 7168 : 4096; c->dim_q_lora = pro ? 1536 : 1024;
+        c->softmax_scale = 0.0441941738f;                /* 512^-0.5 */
+        c->rope_theta = 160000; c->rope_factor = 16; c->rope_original_context = 65536;
+        c->index_rope_interleaved = 1; c->index_rope_width = 64; c->index_rope_offset = 64;
+        c->stride = 4; c->pooling = DSA_POOL_GATED_OVERLAP; c->index_norm = DSA_NORM_RMS; c->norm_pooled = 1;
+        c->list_entries = 1; c->window = 128; c->top_k = pro ? 1024 : 512;
+    }
+}
+
 DSA_API dsa_status dsa_config_preset(dsa_preset preset, dsa_config *c)
 {
     if (!c) return DSA_ERR_NULL;
-    if (preset != DSA_DEEPSEEK_V32 && preset != DSA_GLM_5 && preset != DSA_GLM_52) return DSA_ERR_ARGUMENT;
+    if ((int)preset < 0 || preset > DSA_DEEPSEEK_V4_PRO) return DSA_ERR_ARGUMENT;
     memset(c, 0, sizeof *c);
+    if (preset > DSA_DEEPSEEK_V3) {
+        dsa__preset_foreign(preset, c);
+        return DSA_OK;
+    }
     c->dim_latent = 512;                                 /* spec 1 */
     c->dim_rope = 64;
     c->dim_index = 128;
@@ -5475,9 +5693,9 @@ DSA_API dsa_status dsa_config_preset(dsa_preset preset, dsa_config *c)
     c->norm_eps = 1e-6f;
     c->index_norm_eps = 1e-6f;
     c->index_rope_width = 64;
-    if (preset == DSA_DEEPSEEK_V32) {
+    if (preset == DSA_DEEPSEEK_V32 || preset == DSA_DEEPSEEK_V3) {
         c->n_heads = 128;
-        c->n_index_heads = 64;
+        c->n_index_heads = preset == DSA_DEEPSEEK_V32 ? 64 : DSA_NONE;
         c->dim_hidden = 7168;
         c->dim_q_lora = 1536;
         c->dim_nope = 128;
@@ -5502,6 +5720,16 @@ DSA_API dsa_status dsa_config_preset(dsa_preset preset, dsa_config *c)
     return DSA_OK;
 }
 
+/* Tokens that one item of a selection stands for in its list; 1: the item is named itself. */
+static int64_t dsa__list_span(const dsa_config *c) { return c->list_entries ? 1 : (int64_t)c->stride * c->block_size; }
+
+DSA_API int64_t dsa_list_length(const dsa_ctx *ctx, int32_t top_k)
+{
+    const dsa_config *c = ctx ? &ctx->config : NULL;
+    if (!c || c->stride < 1 || c->block_size < 1 || top_k < 0) return 0;
+    return (top_k ? top_k : c->top_k) * dsa__list_span(c) + (c->keep_tail ? c->stride - 1 : 0);
+}
+
 static int32_t dsa__default32(int32_t x, int32_t def) { return x == 0 ? def : (x == DSA_NONE ? 0 : x); }
 
 static dsa_rope dsa__config_yarn(const dsa_ctx *ctx)
@@ -5516,12 +5744,53 @@ static dsa_rope dsa__config_yarn(const dsa_ctx *ctx)
     return r;
 }
 
+/* What other models change, after its defaults are filled in. */
+static dsa_status dsa__init_models(const dsa_ctx *ctx)
+{
+    const dsa_config *c = &ctx->config;
+    if (c->stride < 1 || c->index_groups < 1 || c->block_size < 1 || c->n_local_blocks < 0 || c->n_kv_heads < 0 || c->dim_value < 1 ||
+        c->dim_value > DSA_MAX_DIM || c->rope_width < 0 || c->rope_width % 2 != 0)
+        return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_init: stride (a preset may leave it to you), index_groups, block_size, n_local_blocks, "
+                         "n_kv_heads, dim_value or rope_width");
+    if ((int)c->pooling < 0 || c->pooling > DSA_POOL_GATED_OVERLAP || (int)c->index_norm < 0 || c->index_norm > DSA_NORM_NONE)
+        return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_init: unknown pooling or index_norm");
+    if (!(c->index_scale > 0.0f) || c->index_scale > FLT_MAX)
+        return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_init: index_scale must be positive and finite");
+    if (c->stride > 1 && c->pooling == DSA_POOL_NONE)
+        return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_init: a stride above 1 needs a pooling");
+    if (c->n_index_heads % c->index_groups != 0 || c->n_heads % c->index_groups != 0)
+        return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_init: index_groups must divide n_index_heads and n_heads");
+    if (c->n_local_blocks > c->top_k) return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_init: more n_local_blocks than top_k");
+    if (c->keep_tail && c->list_entries)
+        return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_init: keep_tail adds tokens, so list_entries cannot be set with it");
+    if (c->block_size > 1 && c->stride > 1)
+        return dsa__fail(ctx, DSA_ERR_UNSUPPORTED, "dsa_init: blocks of pooled entries (block_size and stride) are not built");
+    if (c->n_kv_heads > 0) {
+        if (c->n_heads % c->n_kv_heads != 0 || c->dim_rope != 0 || c->rope_width > c->dim_latent ||
+            (int64_t)c->n_kv_heads * c->dim_latent > DSA_MAX_DIM || (int64_t)c->n_kv_heads * c->dim_value > DSA_MAX_DIM)
+            return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_init: n_kv_heads must divide n_heads, dim_rope be DSA_NONE, a row fit DSA_MAX_DIM");
+    } else if (c->dim_value > c->dim_latent + c->dim_rope || c->rope_width > c->dim_latent + c->dim_rope) {
+        return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_init: dim_value or rope_width is wider than a latent row");
+    }
+    return dsa_list_length(ctx, 0) > DSA__MAX_POS ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "dsa_init: a list exceeds 2^31 - 1 tokens") : DSA_OK;
+}
+
+/* Calls that are written for DeepSeek-V3.2's form of the algorithm refuse every other one, rather than compute something else. */
+static dsa_status dsa__plain_only(const dsa_ctx *ctx, const char *text)
+{
+    const dsa_config *c = &ctx->config;
+    int plain = c->stride == 1 && c->pooling == DSA_POOL_NONE && c->index_groups == 1 && !c->index_linear && !c->index_no_weights &&
+                c->block_size == 1 && c->n_local_blocks == 0 && c->n_kv_heads == 0 && c->dim_value == c->dim_latent;
+    return plain ? DSA_OK : dsa__fail(ctx, DSA_ERR_UNSUPPORTED, text);
+}
+
 DSA_API dsa_status dsa_init(dsa_ctx *ctx, const dsa_config *config)
 {
     dsa_ctx t;
     dsa_config *c = &t.config;
     const dsa__kernels *kernels;
     dsa_rope rope;
+    dsa_status st;
     if (!ctx) return DSA_ERR_NULL;
     memset(&t, 0, sizeof t);
     if (config) *c = *config;
@@ -5538,8 +5807,13 @@ DSA_API dsa_status dsa_init(dsa_ctx *ctx, const dsa_config *config)
     c->dim_nope      = dsa__default32(c->dim_nope, 128);
     c->dim_v         = dsa__default32(c->dim_v, 128);
     c->index_rope_width = dsa__default32(c->index_rope_width, c->dim_rope);
+    c->stride        = dsa__default32(c->stride, 1);
+    c->index_groups  = dsa__default32(c->index_groups, 1);
+    c->block_size    = dsa__default32(c->block_size, 1);
+    c->dim_value     = dsa__default32(c->dim_value, c->dim_latent);
+    c->rope_width    = dsa__default32(c->rope_width, c->dim_rope);
     c->n_threads     = dsa__default32(c->n_threads, 1);
-    if (c->n_heads < 1 || c->dim_latent < 1 || c->dim_rope < 0 || c->n_index_heads < 1 || c->dim_index < 1 || c->top_k < 1 ||
+    if (c->n_heads < 1 || c->dim_latent < 1 || c->dim_rope < 0 || c->n_index_heads < 0 || c->dim_index < 1 || c->top_k < 1 ||
         c->dim_hidden < 1 || c->dim_q_lora < 1 || c->dim_nope < 1 || c->dim_v < 1)
         return dsa__fail(&t, DSA_ERR_SHAPE, "dsa_init: a dimension is negative");
     if (c->n_heads > DSA_MAX_DIM || c->dim_latent > DSA_MAX_DIM || c->dim_rope > DSA_MAX_DIM || c->n_index_heads > DSA_MAX_DIM ||
@@ -5573,10 +5847,15 @@ DSA_API dsa_status dsa_init(dsa_ctx *ctx, const dsa_config *config)
         return dsa__fail(&t, DSA_ERR_ARGUMENT, "dsa_init: an eps, a rope parameter or mscale is out of its domain");
     if (c->softmax_scale == 0.0f) {                      /* spec 1 and 2.1: (nope + rope)^-0.5 m^2 */
         double m = c->rope_factor > 1.0 ? 0.1 * (double)c->mscale * log(c->rope_factor) + 1.0 : 1.0;
-        c->softmax_scale = (float)(m * m / sqrt((double)c->dim_nope + c->dim_rope));
+        c->softmax_scale = (float)(m * m / sqrt(c->n_kv_heads ? (double)c->dim_latent : (double)c->dim_nope + c->dim_rope));
     }
     if (!(c->softmax_scale > 0.0f) || c->softmax_scale > FLT_MAX)
         return dsa__fail(&t, DSA_ERR_ARGUMENT, "dsa_init: softmax_scale must be positive and finite");
+
+    if (c->index_scale == 0.0f)
+        c->index_scale = (float)(1.0 / sqrt((c->index_no_weights ? 1.0 : (double)dsa__max64(c->n_index_heads, 1)) * c->dim_index));
+    st = dsa__init_models(&t);
+    if (st != DSA_OK) return st;
 
     kernels = dsa__kernels_for(c->isa);
     if (!kernels) return dsa__fail(&t, DSA_ERR_UNSUPPORTED, "dsa_init: this build or this CPU does not have the forced isa");
@@ -5595,8 +5874,8 @@ DSA_API dsa_rope dsa_config_rope(const dsa_ctx *ctx, int32_t dim_row)
 {
     dsa_rope r = dsa__config_yarn(ctx);
     r.layout = ctx->config.rope_layout;
-    r.width = ctx->config.dim_rope;
-    r.offset = dim_row - r.width;
+    r.width = ctx->config.rope_width;
+    r.offset = ctx->config.rope_first ? 0 : dim_row - r.width;
     return r;
 }
 
@@ -5631,10 +5910,10 @@ DSA_API dsa_status dsa_row_bytes(dsa_kind kind, dsa_type format, int32_t dim, in
     if (!bytes) return DSA_ERR_NULL;
     if (dim_rope == DSA_NONE) dim_rope = 0;
     if (dim < 1 || dim > DSA_MAX_DIM || dim_rope < 0 || dim_rope > DSA_MAX_DIM) return DSA_ERR_SHAPE;
-    if (kind == DSA_INDEX_KEY && dim_rope != 0) return DSA_ERR_SHAPE;
+    if (kind != DSA_LATENT && dim_rope != 0) return DSA_ERR_SHAPE;
     n = (size_t)dim;
     r = (size_t)dim_rope;
-    if (kind != DSA_LATENT && kind != DSA_INDEX_KEY) return DSA_ERR_FORMAT;
+    if ((int)kind < 0 || kind > DSA_VALUE) return DSA_ERR_FORMAT;
     if (format == DSA_F32) *bytes = 4 * (n + r);
     else if (format == DSA_BF16) *bytes = 2 * (n + r);
     else if (format == DSA_FP8 && kind == DSA_LATENT) *bytes = n + 4 * ((n + 127) / 128) + 2 * r;
@@ -5661,6 +5940,13 @@ static dsa_status dsa__ctx_check(const dsa_ctx *ctx)
     return ctx->kernels ? DSA_OK : DSA_ERR_ARGUMENT;     /* dsa_init did not succeed on it */
 }
 
+/* Width of a row, without dim_rope. */
+static int32_t dsa__config_dim(const dsa_config *f, dsa_kind kind)
+{
+    if (kind == DSA_INDEX_KEY) return f->dim_index;
+    return dsa__min32(DSA_MAX_DIM, (f->n_kv_heads ? f->n_kv_heads : 1) * (kind == DSA_VALUE ? f->dim_value : f->dim_latent));
+}
+
 /* A cache without memory: everything in it that follows from the desc. page_bytes is one tight page. */
 static dsa_status dsa__cache_shape(const dsa_ctx *ctx, const dsa_cache_desc *desc, dsa_cache *c, size_t *page_bytes)
 {
@@ -5673,7 +5959,7 @@ static dsa_status dsa__cache_shape(const dsa_ctx *ctx, const dsa_cache_desc *des
     *page_bytes = 0;
     c->kind = desc->kind;
     c->format = desc->format;
-    c->dim = dsa__default32(desc->dim, desc->kind == DSA_LATENT ? ctx->config.dim_latent : ctx->config.dim_index);
+    c->dim = dsa__default32(desc->dim, dsa__config_dim(&ctx->config, desc->kind));
     c->dim_rope = desc->kind == DSA_LATENT ? dsa__default32(desc->dim_rope, ctx->config.dim_rope) : 0;
     if (desc->kind == DSA_INDEX_KEY && c->dim > DSA_MAX_DIM_INDEX)
         return dsa__fail(ctx, DSA_ERR_SHAPE, "cache: an index key is wider than DSA_MAX_DIM_INDEX");
@@ -5817,7 +6103,7 @@ DSA_API dsa_status dsa_cache_check(const dsa_ctx *ctx, const dsa_cache *cache)
     dsa_status st = dsa__ctx_check(ctx);
     if (st != DSA_OK) return st;
     if (!cache) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_cache_check: cache is NULL");
-    if (cache->kind != DSA_LATENT && cache->kind != DSA_INDEX_KEY) return dsa__fail(ctx, DSA_ERR_FORMAT, "dsa_cache_check: unknown kind");
+    if ((int)cache->kind < 0 || cache->kind > DSA_VALUE) return dsa__fail(ctx, DSA_ERR_FORMAT, "dsa_cache_check: unknown kind");
     return dsa__cache_check(ctx, cache, cache->kind, cache->len);
 }
 
@@ -5937,7 +6223,7 @@ DSA_API dsa_status dsa_cache_read(const dsa_ctx *ctx, const dsa_cache *cache, in
         int64_t slot = dsa__slot(cache, t);
         const unsigned char *p = dsa__row_at(cache, slot);
         float *x = out + (t - begin) * width, s;
-        if (cache->kind == DSA_LATENT) {
+        if (cache->kind != DSA_INDEX_KEY) {
             dsa__expand_latent(cache->format, cache->dim, cache->dim_rope, p, x);
             continue;
         }
@@ -5958,6 +6244,17 @@ static int64_t dsa__n_q(const dsa_seq *s) { return dsa__default32(s->n_q, 1); }
 /* Rows that a call may see. A caller who gives his own len is never asked for the cache's: an appender may be writing it. */
 static int64_t dsa__len(const dsa_seq *s, const dsa_cache *c) { return s->len == 0 ? c->len : (s->len == DSA_NONE ? 0 : s->len); }
 
+static dsa_cache *dsa__cache_of(const dsa_seq *s, dsa_kind kind)
+{
+    return kind == DSA_LATENT ? s->latent : (kind == DSA_INDEX_KEY ? s->index : s->value);
+}
+
+/* Tokens of a sequence as its index cache counts them: entries of a pool cannot say how many are in the tail. */
+static int64_t dsa__tokens(const dsa_ctx *ctx, const dsa_seq *s)
+{
+    return dsa__len(s, ctx->config.stride > 1 && s->latent ? s->latent : s->index);
+}
+
 static dsa_status dsa__rows(const dsa_ctx *ctx, int32_t n_seqs, const dsa_seq *seqs, int64_t *n_rows)
 {
     int32_t i;
@@ -5972,6 +6269,11 @@ static dsa_status dsa__rows(const dsa_ctx *ctx, int32_t n_seqs, const dsa_seq *s
     return *n_rows > DSA__MAX_POS ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "more than 2^31 - 1 rows in one call") : DSA_OK;
 }
 
+static const char *dsa__null_text(dsa_kind kind)
+{
+    return kind == DSA_LATENT ? "seqs[].latent is NULL" : (kind == DSA_INDEX_KEY ? "seqs[].index is NULL" : "seqs[].value is NULL");
+}
+
 /* The batch's caches of one kind: present, sound, of the config's dims and all alike. */
 static dsa_status dsa__batch_check(const dsa_ctx *ctx, int32_t n_seqs, const dsa_seq *seqs, dsa_kind kind)
 {
@@ -5979,13 +6281,21 @@ static dsa_status dsa__batch_check(const dsa_ctx *ctx, int32_t n_seqs, const dsa
     const dsa_cache *first = NULL;
     int32_t i;
     for (i = 0; i < n_seqs; i++) {
-        const dsa_cache *c = kind == DSA_LATENT ? seqs[i].latent : seqs[i].index;
+        const dsa_cache *c = dsa__cache_of(&seqs[i], kind);
+        int64_t len;
         dsa_status st;
-        if (!c) return dsa__fail(ctx, DSA_ERR_NULL, kind == DSA_LATENT ? "seqs[].latent is NULL" : "seqs[].index is NULL");
-        st = dsa__cache_check(ctx, c, kind, dsa__len(&seqs[i], c));
+        if (!c) return dsa__fail(ctx, DSA_ERR_NULL, dsa__null_text(kind));
+        len = dsa__len(&seqs[i], c);
+        if (kind == DSA_INDEX_KEY && f->stride > 1) {
+            if (seqs[i].len == 0 && !seqs[i].latent)
+                return dsa__fail(ctx, DSA_ERR_NULL, "seqs[].latent is NULL and len 0: entries do not say how many tokens there are");
+            len = dsa__tokens(ctx, &seqs[i]) / f->stride;
+            if (seqs[i].len == 0 && c->len < len) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "a pooled index cache lacks entries");
+        }
+        st = dsa__cache_check(ctx, c, kind, len);
         if (st != DSA_OK) return st;
         if (!first) first = c;
-        if (kind == DSA_LATENT ? (c->dim != f->dim_latent || c->dim_rope != f->dim_rope) : c->dim != f->dim_index)
+        if (c->dim != dsa__config_dim(f, kind) || (kind == DSA_LATENT && c->dim_rope != f->dim_rope))
             return dsa__fail(ctx, DSA_ERR_FORMAT, "a cache's dims differ from the config's");
         if (kind == DSA_INDEX_KEY && f->hadamard != DSA_HADAMARD_AUTO && (c->hadamard != 0) != (f->hadamard == DSA_HADAMARD_ON))
             return dsa__fail(ctx, DSA_ERR_FORMAT, "a cache's Hadamard flag differs from the config's");
@@ -6041,13 +6351,13 @@ static int dsa__append_twice(int32_t n_seqs, const dsa_seq *seqs, dsa_kind kind)
     int32_t i, j;
     int twice = 0;
     for (i = 0; i < n_seqs && !twice; i++) {
-        dsa_cache *c = kind == DSA_LATENT ? seqs[i].latent : seqs[i].index;
+        dsa_cache *c = dsa__cache_of(&seqs[i], kind);
         if (dsa__n_q(&seqs[i]) == 0) continue;
         twice = c->len < 0;
         if (!twice) c->len = -1 - c->len;
     }
     for (j = 0; j < i; j++) {
-        dsa_cache *c = kind == DSA_LATENT ? seqs[j].latent : seqs[j].index;
+        dsa_cache *c = dsa__cache_of(&seqs[j], kind);
         if (c->len < 0) c->len = -1 - c->len;
     }
     return twice;
@@ -6060,11 +6370,13 @@ static dsa_status dsa__append_check(const dsa_ctx *ctx, int32_t n_seqs, const ds
     int64_t row = 0, t;
     int32_t i;
     for (i = 0; i < n_seqs; i++) {
-        const dsa_cache *c = kind == DSA_LATENT ? seqs[i].latent : seqs[i].index;
+        const dsa_cache *c = dsa__cache_of(&seqs[i], kind);
         int64_t n = dsa__n_q(&seqs[i]);
         dsa_status st;
-        if (!c) return dsa__fail(ctx, DSA_ERR_NULL, kind == DSA_LATENT ? "append: seqs[].latent is NULL" : "append: seqs[].index is NULL");
-        if (kind == DSA_LATENT ? (c->dim != f->dim_latent || c->dim_rope != f->dim_rope) : c->dim != f->dim_index)
+        if (!c) return dsa__fail(ctx, DSA_ERR_NULL, dsa__null_text(kind));
+        if (kind == DSA_VALUE && dsa__on_device(c))
+            return dsa__fail(ctx, DSA_ERR_UNSUPPORTED, "append: values of grouped queries stay on the CPU");
+        if (c->dim != dsa__config_dim(f, kind) || (kind == DSA_LATENT && c->dim_rope != f->dim_rope))
             return dsa__fail(ctx, DSA_ERR_FORMAT, "append: a cache's dims differ from the config's");
         if (kind == DSA_INDEX_KEY && f->hadamard != DSA_HADAMARD_AUTO && (c->hadamard != 0) != (f->hadamard == DSA_HADAMARD_ON))
             return dsa__fail(ctx, DSA_ERR_FORMAT, "append: a cache's Hadamard flag differs from the config's");
@@ -6107,22 +6419,203 @@ DSA_API dsa_status dsa_append(const dsa_ctx *ctx, const dsa_append_args *a)
     if (st != DSA_OK) return st;
     if (!a) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_append: args is NULL");
     st = dsa__rows(ctx, a->n_seqs, a->seqs, &n_rows);
-    if (st == DSA_OK && n_rows > 0 && !a->latent && !a->index_key)
-        st = dsa__fail(ctx, DSA_ERR_NULL, "dsa_append: both latent and index_key are NULL");
+    if (st == DSA_OK && n_rows > 0 && !a->latent && !a->index_key && !a->value)
+        st = dsa__fail(ctx, DSA_ERR_NULL, "dsa_append: latent, index_key and value are NULL");
+    if (st == DSA_OK && a->index_key && ctx->config.stride > 1)
+        st = dsa__fail(ctx, DSA_ERR_UNSUPPORTED, "dsa_append: entries of a pool come from dsa_compress");
+    if (st == DSA_OK && a->value && ctx->config.n_kv_heads == 0)
+        st = dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_append: values of their own belong to n_kv_heads");
     if (st == DSA_OK && a->latent) st = dsa__append_check(ctx, a->n_seqs, a->seqs, DSA_LATENT, a->slots);
     if (st == DSA_OK && a->index_key) st = dsa__append_check(ctx, a->n_seqs, a->seqs, DSA_INDEX_KEY, a->slots);
+    if (st == DSA_OK && a->value) st = dsa__append_check(ctx, a->n_seqs, a->seqs, DSA_VALUE, a->slots);
     if (st != DSA_OK) return st;
     for (i = 0; i < a->n_seqs && st == DSA_OK; i++) {
         const dsa_seq *s = &a->seqs[i];
         int64_t n = dsa__n_q(s);
         const int64_t *slots = a->slots ? a->slots + row : NULL;
         if (a->latent)
-            st = dsa__append_rows(ctx, s->latent, n, a->latent + row * ((int64_t)ctx->config.dim_latent + ctx->config.dim_rope), slots);
+            st = dsa__append_rows(ctx, s->latent, n, a->latent + row * (dsa__config_dim(&ctx->config, DSA_LATENT) +
+                                  (int64_t)ctx->config.dim_rope), slots);
         if (a->index_key && st == DSA_OK)
             st = dsa__append_rows(ctx, s->index, n, a->index_key + row * ctx->config.dim_index, slots);
+        if (a->value && st == DSA_OK)
+            st = dsa__append_rows(ctx, s->value, n, a->value + row * dsa__config_dim(&ctx->config, DSA_VALUE), slots);
         row += n;
     }
     return st;
+}
+
+/* ============================================================================================
+   >>compress                                 1b. entries of several tokens
+   ============================================================================================
+   A ring of rows per sequence. An entry is computed from the ring alone, when its last token has come, by one sequence of f32
+   operations: how the tokens were cut into calls cannot show. Per channel, over the slots i of the block (OVERLAP: first the block
+   before, channels [0, dim) of its rows, then the own one, channels [dim, 2 dim); entry 0 has no block before):
+
+       m = max_i z_i          entry = Sum_i e^(z_i - m) x_i / Sum_i e^(z_i - m)          z_i = gate + gate_bias[i] */
+
+static dsa_status dsa__compressor_plan(const dsa_ctx *ctx, const dsa_compressor_desc *desc, dsa__arena *arena, dsa_compressor *c)
+{
+    const dsa_config *f;
+    int gated, overlap;
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    f = &ctx->config;
+    memset(c, 0, sizeof *c);
+    if (!desc) return dsa__fail(ctx, DSA_ERR_NULL, "compressor: desc is NULL");
+    if (desc->kind != DSA_INDEX_KEY && desc->kind != DSA_LATENT) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "compressor: kind");
+    if (desc->kind == DSA_LATENT && f->n_kv_heads)
+        return dsa__fail(ctx, DSA_ERR_UNSUPPORTED, "compressor: pooled keys and values of grouped queries are not built");
+    if (desc->n_kept < 0 || desc->n_kept > DSA__MAX_POS) return dsa__fail(ctx, DSA_ERR_SHAPE, "compressor: n_kept");
+    if ((f->index_norm != DSA_NORM_NONE && !desc->gain) || (f->index_norm == DSA_NORM_LAYER && !desc->bias))
+        return dsa__fail(ctx, DSA_ERR_NULL, "compressor: gain or bias of the norm is NULL");
+    gated = f->pooling == DSA_POOL_GATED || f->pooling == DSA_POOL_GATED_OVERLAP;
+    overlap = f->pooling == DSA_POOL_GATED_OVERLAP;
+    c->desc = *desc;
+    c->pooling = f->pooling;
+    c->norm = f->index_norm;
+    c->norm_pooled = f->norm_pooled != 0;
+    c->stride = f->stride;
+    c->dim = desc->kind == DSA_INDEX_KEY ? f->dim_index : f->dim_latent + f->dim_rope;
+    c->width = c->dim * (overlap ? 2 : 1);
+    c->eps = desc->kind == DSA_INDEX_KEY ? f->index_norm_eps : f->norm_eps;
+    c->rope = desc->kind == DSA_INDEX_KEY ? dsa_config_index_rope(ctx) : dsa_config_rope(ctx, c->dim);
+    if (overlap && !c->norm_pooled && c->norm != DSA_NORM_NONE)
+        return dsa__fail(ctx, DSA_ERR_UNSUPPORTED, "compressor: a norm of the rows before an overlapping pool is not built");
+    c->room = (int64_t)f->stride * (overlap ? 2 : 1) + desc->n_kept;
+    c->rows  = (float *)dsa__take(arena, c->room, c->width, sizeof(float));
+    c->gates = (float *)dsa__take(arena, gated ? c->room : 0, c->width, sizeof(float));
+    c->entry = (float *)dsa__take(arena, c->dim, 1, sizeof(float));
+    c->max   = (float *)dsa__take(arena, c->dim, 1, sizeof(float));
+    c->sum   = (float *)dsa__take(arena, c->dim, 1, sizeof(float));
+    return arena->overflow ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "compressor: the rows do not fit in size_t") : DSA_OK;
+}
+
+DSA_API dsa_status dsa_compressor_bytes(const dsa_ctx *ctx, const dsa_compressor_desc *desc, size_t *bytes)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    dsa_compressor c;
+    dsa_status st = dsa__compressor_plan(ctx, desc, &arena, &c);
+    if (st != DSA_OK) return st;
+    if (!bytes) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_compressor_bytes: bytes is NULL");
+    *bytes = dsa__arena_bytes(&arena);
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_compressor_init(const dsa_ctx *ctx, const dsa_compressor_desc *desc, void *memory, size_t bytes, dsa_compressor *c)
+{
+    dsa__arena arena;
+    dsa_compressor t;
+    size_t need = 0;
+    dsa_status st = dsa_compressor_bytes(ctx, desc, &need);
+    if (st != DSA_OK) return st;
+    if (!memory || !c) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_compressor_init: memory or compressor is NULL");
+    if (bytes < need) return dsa__fail(ctx, DSA_ERR_CAPACITY, "dsa_compressor_init: memory is smaller than dsa_compressor_bytes says");
+    arena = dsa__arena_over(memory);
+    st = dsa__compressor_plan(ctx, desc, &arena, &t);
+    if (st == DSA_OK) *c = t;
+    return st;
+}
+
+/* One block's `stride` rows and gates from token j0 on, channels [at, at + dim): pass 0 finds the maxima, pass 1 adds up. */
+static void dsa__compress_block(const dsa_compressor *c, int pass, int64_t j0, int32_t at)
+{
+    int32_t i, d;
+    for (i = 0; i < c->stride; i++) {
+        const float *x = c->rows + (j0 + i) % c->room * c->width + at, *z, *b;
+        z = c->gates + (j0 + i) % c->room * c->width + at;
+        b = c->desc.gate_bias ? c->desc.gate_bias + (int64_t)i * c->width + at : NULL;
+        for (d = 0; d < c->dim; d++) {
+            float v = b ? z[d] + b[d] : z[d], e;
+            if (pass == 0) {
+                if (v > c->max[d]) c->max[d] = v;
+            } else if (v != -dsa__infinity()) {          /* a gate of -inf takes no part, be it the only one */
+                e = dsa__exp(v - c->max[d]);
+                c->sum[d] += e;
+                c->entry[d] += e * x[d];
+            }
+        }
+    }
+}
+
+/* Entry w, whose tokens are all in the ring, into c->entry. */
+static void dsa__compress_entry(const dsa_compressor *c, int64_t w)
+{
+    int64_t j0 = w * c->stride;
+    int32_t i, d, pass;
+    for (d = 0; d < c->dim; d++) { c->entry[d] = 0.0f; c->max[d] = -dsa__infinity(); c->sum[d] = 0.0f; }
+    if (c->pooling == DSA_POOL_NONE || c->pooling == DSA_POOL_MEAN) {
+        for (i = 0; i < c->stride; i++) {
+            const float *x = c->rows + (j0 + i) % c->room * c->width;
+            for (d = 0; d < c->dim; d++) c->entry[d] += x[d];
+        }
+        for (d = 0; d < c->dim; d++) c->entry[d] /= (float)c->stride;
+    } else {
+        for (pass = 0; pass < 2; pass++) {
+            if (c->pooling == DSA_POOL_GATED_OVERLAP && w > 0) dsa__compress_block(c, pass, j0 - c->stride, 0);
+            dsa__compress_block(c, pass, j0, c->width - c->dim);
+        }
+        for (d = 0; d < c->dim; d++) c->entry[d] = c->sum[d] == 0.0f ? 0.0f : c->entry[d] / c->sum[d];
+    }
+    if (c->norm_pooled) (void)dsa_norm_rows(c->norm, c->entry, 1, c->dim, c->dim, c->desc.gain, c->desc.bias, c->eps);
+    (void)dsa_rope_rows(c->entry, 1, c->dim, 1, 0, c->dim, &c->rope, &j0, 0);
+}
+
+/* The cache is of the compressor's kind and stands where it does; `entries` more fit behind it. */
+static dsa_status dsa__compress_check(const dsa_ctx *ctx, const dsa_compressor *c, const dsa_cache *cache, int64_t entries)
+{
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    if (!c || !cache) return dsa__fail(ctx, DSA_ERR_NULL, "compress: compressor or cache is NULL");
+    if (!c->rows) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "compress: dsa_compressor_init did not succeed on it");
+    st = dsa__cache_check(ctx, cache, c->desc.kind, cache->len);
+    if (st != DSA_OK) return st;
+    if (dsa__on_device(cache)) return dsa__fail(ctx, DSA_ERR_UNSUPPORTED, "compress: entries are made on the CPU only");
+    if (cache->dim + cache->dim_rope != c->dim || (c->desc.kind == DSA_LATENT && cache->dim != ctx->config.dim_latent))
+        return dsa__fail(ctx, DSA_ERR_FORMAT, "compress: the cache's dims differ from the config's");
+    if (cache->len != c->len / c->stride) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "compress: the cache is not at entry len / stride");
+    if (entries > dsa_cache_capacity(cache) - cache->len) return dsa__fail(ctx, DSA_ERR_CAPACITY, "compress: the cache is full");
+    return dsa__cache_check(ctx, cache, c->desc.kind, cache->len + entries);
+}
+
+DSA_API dsa_status dsa_compress(const dsa_ctx *ctx, dsa_compressor *c, int64_t n_rows, const float *rows, const float *gates,
+                                dsa_cache *cache)
+{
+    int64_t j;
+    dsa_status st;
+    if (c && (n_rows < 0 || n_rows > DSA__MAX_POS - c->len)) return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_compress: n_rows");
+    st = dsa__compress_check(ctx, c, cache, c ? (c->len + n_rows) / c->stride - c->len / c->stride : 0);
+    if (st != DSA_OK) return st;
+    if (n_rows > 0 && (!rows || ((c->pooling >= DSA_POOL_GATED) != (gates != NULL))))
+        return dsa__fail(ctx, DSA_ERR_NULL, "dsa_compress: rows is NULL, or gates where there are none or the other way round");
+    for (j = 0; j < n_rows; j++) {
+        float *x = c->rows + c->len % c->room * c->width;
+        memcpy(x, rows + j * c->width, sizeof(float) * (size_t)c->width);
+        if (gates) memcpy(c->gates + c->len % c->room * c->width, gates + j * c->width, sizeof(float) * (size_t)c->width);
+        if (!c->norm_pooled) (void)dsa_norm_rows(c->norm, x, 1, c->dim, c->dim, c->desc.gain, c->desc.bias, c->eps);
+        c->len++;
+        c->first = dsa__max64(c->first, c->len - c->room);
+        if (c->len % c->stride != 0) continue;
+        dsa__compress_entry(c, c->len / c->stride - 1);
+        (void)dsa__append_rows(ctx, cache, 1, c->entry, NULL);           /* on the CPU, with room: it cannot fail */
+    }
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_compressor_truncate(const dsa_ctx *ctx, dsa_compressor *c, dsa_cache *cache, int64_t n_tokens)
+{
+    int64_t need;
+    dsa_status st = dsa__compress_check(ctx, c, cache, 0);
+    if (st != DSA_OK) return st;
+    if (n_tokens < 0 || n_tokens > c->len) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_compressor_truncate: not 0 <= n_tokens <= len");
+    need = n_tokens / c->stride * c->stride;             /* what the next entry will be made of besides rows to come */
+    if (c->pooling == DSA_POOL_GATED_OVERLAP) need = dsa__max64(need - c->stride, 0);
+    if (need < n_tokens && need < c->first)
+        return dsa__fail(ctx, DSA_ERR_CAPACITY, "dsa_compressor_truncate: rows of the incomplete entry are no longer kept (n_kept)");
+    c->len = n_tokens;
+    c->first = dsa__min64(c->first, n_tokens);
+    cache->len = n_tokens / c->stride;
+    return DSA_OK;
 }
 
 /* ============================================================================================
@@ -6136,6 +6629,7 @@ DSA_API dsa_status dsa_append(const dsa_ctx *ctx, const dsa_append_args *a)
 typedef struct dsa__score_task {
     float *head;                             /* the heads of one query, rotated and rounded [HI, D] */
     float *w;                                /* [HI] with the query's scales in */
+    float *ones;                             /* [HI] index_scale, where heads have no weights of their own */
     unsigned char *packed;                   /* [group] prepared queries, query_bytes apart */
     const unsigned char **rows;              /* [KEYS] */
     float *scale;                            /* [KEYS] */
@@ -6144,7 +6638,13 @@ typedef struct dsa__score_task {
     dsa__topk *top;                          /* [group] */
     const void **queries;                    /* [group] what is handed to the kernel */
     int64_t *ks, *ke;                        /* [group] key range of each row, empty where there is nothing to score */
+    int64_t *visible, *items, *local;        /* [group] tokens that it sees, items to choose from, and newest ones that are forced in */
+    float *best;                             /* [group] highest score so far in a block that the last chunk of keys cut in two */
 } dsa__score_task;
+
+/* A row of the call is a query or, with index_groups, one group of its heads: a list per group is a list per smaller query. Without
+   ReLU a head goes in twice, x = ReLU(x) - ReLU(-x): one of the two is 0, so the score is the same to the bit. An item is what
+   is chosen: a key, or a block of keys. */
 
 typedef struct dsa__score_call {
     const dsa_ctx *ctx;
@@ -6152,8 +6652,9 @@ typedef struct dsa__score_call {
     const dsa_selection *out;                /* NULL: plain scores */
     dsa_selection sel;                       /* *out with its defaults resolved */
     dsa__score_task *tasks;                  /* [n_threads] */
-    int32_t n_heads, n_tasks, group;
-    int64_t n_rows;
+    int32_t n_heads, n_tasks, group;         /* n_heads: as the kernel sees them */
+    int32_t n_lists, per_list, block;        /* rows per query, index heads of a row, keys per item */
+    int64_t n_rows, span, length;            /* tokens per item in a list, and the list's length */
     size_t query_bytes;
     float *scores;                           /* plain scores: [n_rows, stride] */
     int64_t n_cols, stride;
@@ -6175,6 +6676,7 @@ static dsa_status dsa__score_plan(const dsa_ctx *ctx, const dsa_score_args *a, c
                                   dsa__arena *arena, dsa__score_call *call)
 {
     const dsa__kernels *kernels;
+    const dsa_config *f;
     dsa_type format = DSA_F32;
     int64_t longest = 0;
     int32_t t, i, D, room;                               /* room: query rows that a task's scratch holds */
@@ -6186,24 +6688,42 @@ static dsa_status dsa__score_plan(const dsa_ctx *ctx, const dsa_score_args *a, c
     call->ctx = ctx;
     call->args = a;
     call->out = out;
-    call->n_heads = a->n_index_heads ? a->n_index_heads : ctx->config.n_index_heads;
-    if (call->n_heads < 1 || call->n_heads > DSA_MAX_DIM) return dsa__fail(ctx, DSA_ERR_SHAPE, "score: n_index_heads");
+    f = &ctx->config;
+    call->n_lists = f->index_groups;
+    call->per_list = (a->n_index_heads ? a->n_index_heads : f->n_index_heads) / call->n_lists;
+    if (call->per_list < 1 || call->per_list > DSA_MAX_DIM || (a->n_index_heads && a->n_index_heads % call->n_lists != 0))
+        return dsa__fail(ctx, DSA_ERR_SHAPE, "score: n_index_heads");
+    call->n_heads = call->per_list * (f->index_linear ? 2 : 1);
     st = dsa__rows(ctx, a->n_seqs, a->seqs, &call->n_rows);
     if (st == DSA_OK) st = dsa__batch_check(ctx, a->n_seqs, a->seqs, DSA_INDEX_KEY);
     if (st != DSA_OK) return st;
+    call->n_rows *= call->n_lists;
+    if (call->n_rows > DSA__MAX_POS) return dsa__fail(ctx, DSA_ERR_OVERFLOW, "score: more than 2^31 - 1 lists in one call");
+    call->block = out ? f->block_size : 1;
+    call->span = dsa__list_span(f);
     if (out) {
         call->sel = *out;
         if (call->sel.top_k == 0) call->sel.top_k = ctx->config.top_k;
         if (call->sel.top_k < 1) return dsa__fail(ctx, DSA_ERR_SHAPE, "select: top_k is negative");
         if (out->order != DSA_ORDER_INDEX && out->order != DSA_ORDER_RANK) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "select: unknown order");
+        call->length = dsa_list_length(ctx, call->sel.top_k);
+        if (call->length > DSA__MAX_POS) return dsa__fail(ctx, DSA_ERR_OVERFLOW, "select: a list exceeds 2^31 - 1 tokens");
+        if (call->span > 1 && (out->scores || out->order == DSA_ORDER_RANK))
+            return dsa__fail(ctx, DSA_ERR_UNSUPPORTED, "select: scores and rank belong to items, so they need list_entries");
+        if (a->ks && (call->span > 1 || call->block > 1 || f->n_local_blocks))
+            return dsa__fail(ctx, DSA_ERR_UNSUPPORTED, "select: ks and ke are not built for blocks, local blocks and pools named by token");
     }
     for (i = 0; i < a->n_seqs; i++) {
         longest = dsa__max64(longest, dsa__n_q(&a->seqs[i]));
         format = a->seqs[i].index->format;
     }
+    longest *= call->n_lists;
     call->on_device = a->n_seqs > 0 && dsa__on_device(a->seqs[0].index);
-    if (call->on_device) return dsa__score_device(call, 0);
-    D = ctx->config.dim_index;
+    if (call->on_device) {
+        st = dsa__plain_only(ctx, "score: pools, groups, blocks and index_linear run on the CPU only");
+        return st == DSA_OK ? dsa__score_device(call, 0) : st;
+    }
+    D = f->dim_index;
     call->n_tasks = ctx->config.n_threads;               /* of no length: an append between query and call changes no size */
     call->group = (int32_t)dsa__max64(1, dsa__min64(longest, call->n_rows < call->n_tasks ? DSA__GROUP_SPLIT
                         : dsa__min64(DSA__GROUP, (call->n_rows + call->n_tasks - 1) / call->n_tasks)));
@@ -6216,6 +6736,7 @@ static dsa_status dsa__score_plan(const dsa_ctx *ctx, const dsa_score_args *a, c
         memset(&k, 0, sizeof k);
         k.head    = (float *)dsa__take(arena, call->n_heads, D, sizeof(float));
         k.w       = (float *)dsa__take(arena, call->n_heads, 1, sizeof(float));
+        k.ones    = (float *)dsa__take(arena, f->index_no_weights ? call->per_list : 0, 1, sizeof(float));
         k.packed  = (unsigned char *)dsa__take(arena, room, 1, call->query_bytes);
         k.rows    = (const unsigned char **)dsa__take(arena, DSA__KEYS, 1, sizeof *k.rows);
         k.scale   = (float *)dsa__take(arena, DSA__KEYS, 1, sizeof(float));
@@ -6225,12 +6746,17 @@ static dsa_status dsa__score_plan(const dsa_ctx *ctx, const dsa_score_args *a, c
         k.queries = (const void **)dsa__take(arena, room, 1, sizeof *k.queries);
         k.ks      = (int64_t *)dsa__take(arena, room, 1, sizeof(int64_t));
         k.ke      = (int64_t *)dsa__take(arena, room, 1, sizeof(int64_t));
+        k.visible = (int64_t *)dsa__take(arena, room, 1, sizeof(int64_t));
+        k.items   = (int64_t *)dsa__take(arena, room, 1, sizeof(int64_t));
+        k.local   = (int64_t *)dsa__take(arena, room, 1, sizeof(int64_t));
+        k.best    = (float *)dsa__take(arena, room, 1, sizeof(float));
         for (i = 0; out && i < room; i++) {
             dsa__topk top;
             memset(&top, 0, sizeof top);
             dsa__topk_take(arena, kernels, call->sel.top_k, &top);
             if (arena->base && k.top) k.top[i] = top;
         }
+        for (i = 0; arena->base && f->index_no_weights && i < call->per_list; i++) k.ones[i] = f->index_scale;
         if (arena->base && call->tasks) call->tasks[t] = k;
     }
     return arena->overflow ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "score: the workspace does not fit in size_t") : DSA_OK;
@@ -6242,7 +6768,9 @@ static dsa_status dsa__score_start(const dsa_ctx *ctx, const dsa_score_args *a, 
     dsa__arena arena = dsa__arena_over(NULL);
     dsa_status st = dsa__score_plan(ctx, a, out, &arena, call);
     if (st != DSA_OK) return st;
-    if (call->n_rows > 0 && (!a->q || !a->w)) return dsa__fail(ctx, DSA_ERR_NULL, "score: q or w is NULL");
+    if (call->n_rows > 0 && (!a->q || (!a->w && !ctx->config.index_no_weights)))
+        return dsa__fail(ctx, DSA_ERR_NULL, "score: q or w is NULL");
+    if (a->w && ctx->config.index_no_weights) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "score: w beside index_no_weights");
     if ((a->ks == NULL) != (a->ke == NULL)) return dsa__fail(ctx, DSA_ERR_NULL, "score: ks and ke go together");
     if (out && call->n_rows > 0 && !out->indices) return dsa__fail(ctx, DSA_ERR_NULL, "select: indices is NULL");
     st = dsa__arena_check(ctx, &arena, a->workspace, a->workspace_size);
@@ -6257,8 +6785,13 @@ static dsa_status dsa__score_start(const dsa_ctx *ctx, const dsa_score_args *a, 
 static void dsa__score_query(const dsa__score_call *call, const dsa__score_task *t, int64_t row, const dsa_cache *c, void *packed)
 {
     const dsa__kernels *kernels = call->ctx->kernels;
-    const float *q = call->args->q + row * call->n_heads * c->dim, *w = call->args->w + row * call->n_heads;
-    kernels->query_round(c->format, c->hadamard, call->n_heads, c->dim, q, w, t->head, t->w);
+    const float *q = call->args->q + row * call->per_list * c->dim, *w = call->args->w ? call->args->w + row * call->per_list : t->ones;
+    int64_t n = (int64_t)call->per_list * c->dim, i;
+    kernels->query_round(c->format, c->hadamard, call->per_list, c->dim, q, w, t->head, t->w);
+    if (call->n_heads > call->per_list) {
+        for (i = 0; i < n; i++) t->head[n + i] = -t->head[i];
+        for (i = 0; i < call->per_list; i++) t->w[call->per_list + i] = -t->w[i];
+    }
     kernels->query_pack(c->format, call->n_heads, c->dim, t->head, t->w, packed);
 }
 
@@ -6266,23 +6799,35 @@ static void dsa__score_query(const dsa__score_call *call, const dsa__score_task 
    all they see and leave an empty range: the dense fallback. */
 static const dsa_cache *dsa__score_begin(const dsa__score_call *call, dsa__score_task *t, dsa__cursor *cur, int64_t row, int64_t n)
 {
-    const dsa_seq *seq = dsa__seek(cur, row);
+    const dsa_config *f = &call->ctx->config;
+    const dsa_seq *seq = dsa__seek(cur, row / call->n_lists);
     const dsa_cache *c = seq->index;
-    int64_t len = dsa__len(seq, c), i, j;
+    int64_t tokens = dsa__tokens(call->ctx, seq), len = tokens / f->stride, i, j;
     for (i = 0; i < n; i++) {
-        int64_t ks = 0, ke = dsa__visible(cur, seq, c, row + i);
+        int64_t query = (row + i) / call->n_lists, ks = 0, ke;
+        t->visible[i] = dsa__max64(tokens - dsa__n_q(seq) + (query - cur->first) + 1, 0);
+        ke = t->visible[i] / f->stride;                  /* an entry is seen when its last token is */
         if (call->args->ks) {
-            ks = dsa__clamp64(call->args->ks[row + i], 0, len);
-            ke = dsa__clamp64(call->args->ke[row + i], 0, len);
+            ks = dsa__clamp64(call->args->ks[query], 0, len);
+            ke = dsa__clamp64(call->args->ke[query], 0, len);
         }
         if (!call->out) {
             ks = dsa__min64(ks, call->n_cols);
             ke = dsa__min64(ke, call->n_cols);
         } else {
-            dsa__topk_begin(&t->top[i]);
-            if (call->sel.order == DSA_ORDER_INDEX && !call->sel.scores && ke - ks <= call->sel.top_k) {
-                for (j = ks; j < ke; j++) t->top[i].i[t->top[i].n++] = (int32_t)j;
+            dsa__topk *top = &t->top[i];
+            dsa__topk_begin(top);
+            top->k = call->sel.top_k;
+            t->local[i] = 0;
+            t->best[i] = -dsa__infinity();
+            t->items[i] = (dsa__max64(ke - ks, 0) + call->block - 1) / call->block;
+            if (call->sel.order == DSA_ORDER_INDEX && !call->sel.scores && t->items[i] <= call->sel.top_k) {
+                for (j = ks; j < ks + t->items[i]; j++) top->i[top->n++] = (int32_t)j;
                 ke = ks;
+            } else if (f->n_local_blocks) {              /* they are not scored: the others compete for what they leave of k */
+                t->local[i] = dsa__min64(dsa__min64(f->n_local_blocks, call->sel.top_k), t->items[i]);
+                top->k -= t->local[i];
+                ke = top->k > 0 ? (t->items[i] - t->local[i]) * call->block : 0;
             }
         }
         t->ks[i] = ks;
@@ -6290,6 +6835,23 @@ static const dsa_cache *dsa__score_begin(const dsa__score_call *call, dsa__score
         if (ke > ks) dsa__score_query(call, t, row + i, c, t->packed + (size_t)i * call->query_bytes);
     }
     return c;
+}
+
+/* From the scores I of keys [lo, hi) of row i to those of its blocks: the highest (a NaN is none). A block may go on in the next chunk. */
+static void dsa__score_blocks(const dsa__score_call *call, dsa__score_task *t, int64_t i, const float *I, int64_t lo, int64_t hi)
+{
+    float done[DSA__KEYS], best = t->best[i];
+    int64_t first = lo / call->block, n = 0, s, end;
+    for (s = lo; s < hi; ) {
+        end = dsa__min64((s / call->block + 1) * call->block, hi);
+        for (; s < end; s++) best = I[s - lo] > best ? I[s - lo] : best;
+        if (s % call->block == 0 || s == t->ke[i]) {
+            done[n++] = best;
+            best = -dsa__infinity();
+        }
+    }
+    t->best[i] = best;
+    dsa__topk_push(&t->top[i], done, n, first);
 }
 
 /* Scores the keys of [begin, end) that the n prepared rows see, chunk after chunk, each for all rows while it lies in L1. */
@@ -6324,7 +6886,8 @@ static void dsa__score_keys(const dsa__score_call *call, dsa__score_task *t, con
             i = of[j];
             lo = dsa__max64(t->ks[i], at);
             hi = dsa__min64(t->ke[i], at + m);
-            if (call->out) dsa__topk_push(&t->top[i], I + (lo - at), hi - lo, lo);
+            if (call->block > 1) dsa__score_blocks(call, t, i, I + (lo - at), lo, hi);
+            else if (call->out) dsa__topk_push(&t->top[i], I + (lo - at), hi - lo, lo);
             else memcpy(call->scores + (row + i) * call->stride + lo, I + (lo - at), sizeof(float) * (size_t)(hi - lo));
         }
     }
@@ -6346,8 +6909,35 @@ static void dsa__score_span(const dsa__score_task *t, int64_t n, int64_t *begin,
 /* How many rows from `row` on, at most `most`, belong to the sequence of `row`. */
 static int64_t dsa__score_rows(const dsa__score_call *call, dsa__cursor *cur, int64_t row, int64_t most)
 {
-    const dsa_seq *s = dsa__seek(cur, row);
-    return dsa__min64(dsa__min64(most, call->n_rows - row), cur->first + dsa__n_q(s) - row);
+    const dsa_seq *s = dsa__seek(cur, row / call->n_lists);
+    return dsa__min64(dsa__min64(most, call->n_rows - row), (cur->first + dsa__n_q(s)) * call->n_lists - row);
+}
+
+/* Writes the list of a finished selection: what was chosen, the forced items (the newest, so they come last), and their tokens. */
+static void dsa__score_emit(const dsa__score_call *call, dsa__score_task *t, int64_t i, int64_t row)
+{
+    dsa__topk *top = &t->top[i];
+    int32_t *x = call->sel.indices + row * call->length;
+    int64_t n = 0, j, s, stride = call->ctx->config.stride, visible = t->visible[i];
+    if (t->local[i] > 0) {
+        dsa__topk_compact(top);
+        for (j = t->items[i] - t->local[i]; j < t->items[i]; j++) {
+            top->s[top->n] = dsa__infinity();
+            top->i[top->n++] = (int32_t)j;
+        }
+        top->k = call->sel.top_k;
+    }
+    if (call->span == 1) {
+        dsa__topk_emit(top, &call->sel, row);
+        return;
+    }
+    dsa__topk_compact(top);
+    for (j = 0; j < top->n; j++)
+        for (s = top->i[j] * call->span; s < dsa__min64((top->i[j] + 1) * call->span, visible); s++) x[n++] = (int32_t)s;
+    if (call->ctx->config.keep_tail)
+        for (s = visible / stride * stride; s < visible; s++) x[n++] = (int32_t)s;
+    if (call->sel.counts) call->sel.counts[row] = (int32_t)n;
+    while (n < call->length) x[n++] = -1;
 }
 
 /* Plain scores start at -inf everywhere. */
@@ -6373,7 +6963,7 @@ static void dsa__score_rows_task(void *arg, int32_t task)
         dsa__score_clear(call, row, n);
         dsa__score_span(t, n, &begin, &end);
         dsa__score_keys(call, t, c, row, n, begin, end);
-        for (i = 0; call->out && i < n; i++) dsa__topk_emit(&t->top[i], &call->sel, row + i);
+        for (i = 0; call->out && i < n; i++) dsa__score_emit(call, t, i, row + i);
     }
 }
 
@@ -6387,6 +6977,7 @@ static void dsa__score_split_task(void *arg, int32_t task)
     int64_t begin, end, part, i;
     dsa__score_span(t, call->n, &begin, &end);
     part = ((end - begin) / DSA__KEYS + 1 + call->n_tasks - 1) / call->n_tasks * DSA__KEYS;
+    part = (part + call->block - 1) / call->block * call->block;             /* no block in two parts: with blocks begin is 0 */
     dsa__score_keys(call, t, c, call->row, call->n, begin + task * part, dsa__min64(end, begin + (task + 1) * part));
     for (i = 0; call->out && i < call->n; i++) dsa__topk_compact(&t->top[i]);
 }
@@ -6410,7 +7001,7 @@ static void dsa__score_run(dsa__score_call *call)
         for (i = 0; call->out && i < call->n; i++) {
             for (t = 1; t < call->n_tasks && call->tasks[0].ks[i] < call->tasks[0].ke[i]; t++)
                 dsa__topk_join(&call->tasks[0].top[i], &call->tasks[t].top[i]);
-            dsa__topk_emit(&call->tasks[0].top[i], &call->sel, call->row + i);
+            dsa__score_emit(call, &call->tasks[0], i, call->row + i);
         }
     }
 }
@@ -6481,6 +7072,8 @@ static dsa_status dsa__select_plan(const dsa_ctx *ctx, const dsa_select_args *a,
     if (!a || !out) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_select: args or out is NULL");
     if (a->n_rows < 0 || a->n_cols < 0 || a->n_cols > a->stride || a->n_cols > DSA__MAX_POS)
         return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_select: n_rows, or not 0 <= n_cols <= stride");
+    if (dsa__list_span(&ctx->config) > 1 || ctx->config.block_size > 1 || ctx->config.n_local_blocks)
+        return dsa__fail(ctx, DSA_ERR_UNSUPPORTED, "dsa_select: blocks, local blocks and pools named by token: dsa_score_select");
     call->args = a;
     call->sel = *out;
     if (call->sel.top_k == 0) call->sel.top_k = ctx->config.top_k;
@@ -6620,7 +7213,16 @@ DSA_API dsa_status dsa_merge_topk(const dsa_ctx *ctx, const dsa_merge_topk_args 
 
 #define DSA__HEADS 16                                    /* heads are split at multiples of this */
 
-typedef struct dsa__attend_task { void *packed, *scratch; const unsigned char **rows; } dsa__attend_task;
+typedef struct dsa__attend_task {
+    void *packed, *scratch;
+    const unsigned char **rows;
+    unsigned char *tile;                     /* rows brought into the kernel's form */
+    float *q;                                /* the queries to match */
+} dsa__attend_task;
+
+/* A head of grouped queries reads its KV head's part of two rows. They meet in a tile as [value | key], and the query becomes
+   [0 | q]: the kernels then see a latent whose first dim_v channels are the value. The zeros cost half a dot product more, the copy
+   a fraction of that; no kernel knows of it. */
 
 typedef struct dsa__attend_call {
     const dsa_ctx *ctx;
@@ -6629,6 +7231,8 @@ typedef struct dsa__attend_call {
     dsa__attend_shape shape;                 /* of one unit */
     dsa__attend_task *tasks;                 /* [n_threads] */
     int32_t n_parts;                         /* units per row */
+    int32_t n_lists, n_kv;                   /* lists per row; KV heads of grouped queries, else 0 */
+    size_t tile_row;                         /* bytes of a row in a tile, 0: rows are read where they lie */
     int64_t n_indices, index_stride;
     int fused;                               /* begin and finish within the unit, while its rows of out are in the cache */
     int causal;                              /* a list may not see what only a longer chunk has appended already: dsa_step, dsa_layer */
@@ -6655,7 +7259,7 @@ static dsa_status dsa__state_check(const dsa_ctx *ctx, const dsa_attend_state *s
     if (!state) return dsa__fail(ctx, DSA_ERR_NULL, "attend: state is NULL");
     *s = *state;
     if (s->n_heads == 0) s->n_heads = ctx->config.n_heads;
-    if (s->dim_v == 0) s->dim_v = ctx->config.dim_latent;
+    if (s->dim_v == 0) s->dim_v = ctx->config.dim_value;
     if (s->n_rows < 0 || s->n_rows > DSA__MAX_POS || s->n_heads < 1 || s->n_heads > DSA_MAX_DIM || s->dim_v < 1 || s->dim_v > DSA_MAX_DIM)
         return dsa__fail(ctx, DSA_ERR_SHAPE, "attend: state.n_rows, n_heads or dim_v");
     return DSA_OK;
@@ -6705,6 +7309,27 @@ DSA_API dsa_status dsa_attend_begin(const dsa_ctx *ctx, const dsa_attend_state *
     return st;
 }
 
+static int32_t dsa__gcd(int32_t a, int32_t b)
+{
+    while (b) { int32_t r = a % b; a = b; b = r; }
+    return a;
+}
+
+/* Values of grouped queries: beside every row of keys, in a format that a kernel can read side by side with it. */
+static dsa_status dsa__grouped_check(const dsa_ctx *ctx, int32_t n_seqs, const dsa_seq *seqs)
+{
+    int32_t i;
+    dsa_status st = dsa__batch_check(ctx, n_seqs, seqs, DSA_VALUE);
+    for (i = 0; st == DSA_OK && i < n_seqs; i++) {
+        const dsa_cache *k = seqs[i].latent, *v = seqs[i].value;
+        if (k->format != v->format || (k->format != DSA_F32 && k->format != DSA_BF16))
+            st = dsa__fail(ctx, DSA_ERR_UNSUPPORTED, "attend: keys and values of grouped queries are both f32 or both bf16");
+        else if (seqs[i].len == 0 && k->len != v->len)
+            st = dsa__fail(ctx, DSA_ERR_ARGUMENT, "attend: a sequence's keys and values differ in length");
+    }
+    return st;
+}
+
 static dsa_status dsa__attend_plan(const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state,
                                    dsa__arena *arena, dsa__attend_call *call)
 {
@@ -6720,12 +7345,21 @@ static dsa_status dsa__attend_plan(const dsa_ctx *ctx, const dsa_attend_args *a,
     kernels = ctx->kernels;
     call->ctx = ctx;
     call->args = a;
-    call->n_indices = a->n_indices ? a->n_indices : ctx->config.top_k;
+    call->n_indices = a->n_indices ? a->n_indices : dsa_list_length(ctx, 0);
     call->index_stride = a->index_stride ? a->index_stride : call->n_indices;
+    call->n_lists = a->n_lists ? a->n_lists : ctx->config.index_groups;
+    call->n_kv = ctx->config.n_kv_heads;
     shape->scale = a->scale == 0.0f ? ctx->config.softmax_scale : a->scale;
     shape->dim_latent = ctx->config.dim_latent;
     shape->dim_rope = ctx->config.dim_rope;
     shape->dim_v = call->state.dim_v;
+    if (call->n_kv) {
+        shape->dim_latent = ctx->config.dim_value;
+        shape->dim_rope = ctx->config.dim_latent;
+        if (shape->dim_v > ctx->config.dim_value) return dsa__fail(ctx, DSA_ERR_SHAPE, "attend: dim_v is wider than the value");
+    }
+    if (call->n_lists < 1 || call->state.n_heads % call->n_lists != 0 || (call->n_kv && call->state.n_heads % call->n_kv != 0))
+        return dsa__fail(ctx, DSA_ERR_SHAPE, "attend: n_lists or n_kv_heads does not divide n_heads");
     if (shape->dim_v > shape->dim_latent + shape->dim_rope) return dsa__fail(ctx, DSA_ERR_SHAPE, "attend: dim_v is wider than a cache row");
     if (shape->scale != shape->scale || shape->scale > FLT_MAX || shape->scale < -FLT_MAX)
         return dsa__fail(ctx, DSA_ERR_ARGUMENT, "attend: scale is not finite");
@@ -6737,24 +7371,34 @@ static dsa_status dsa__attend_plan(const dsa_ctx *ctx, const dsa_attend_args *a,
         return dsa__fail(ctx, DSA_ERR_ARGUMENT, "attend: unknown index_kind");
     st = dsa__rows(ctx, a->n_seqs, a->seqs, &n_rows);
     if (st == DSA_OK) st = dsa__batch_check(ctx, a->n_seqs, a->seqs, DSA_LATENT);
+    if (st == DSA_OK && call->n_kv) st = dsa__grouped_check(ctx, a->n_seqs, a->seqs);
     if (st != DSA_OK) return st;
     if (n_rows != call->state.n_rows) return dsa__fail(ctx, DSA_ERR_SHAPE, "attend: state.n_rows differs from the rows of seqs");
     for (t = 0; t < a->n_seqs; t++) shape->format = a->seqs[t].latent->format;
     shape->exact = shape->format == DSA_F32 || ctx->config.precision == DSA_PRECISION_F32;
     call->on_device = a->n_seqs > 0 && dsa__on_device(a->seqs[0].latent);
-    if (call->on_device) return dsa__attend_device(call, 0);
+    if (call->on_device) {
+        st = dsa__plain_only(ctx, "attend: grouped queries and a dim_value of its own run on the CPU only");
+        if (st == DSA_OK && call->n_lists > 1) st = dsa__fail(ctx, DSA_ERR_UNSUPPORTED, "attend: several lists a row run on the CPU only");
+        return st == DSA_OK ? dsa__attend_device(call, 0) : st;
+    }
 
     n_tasks = ctx->config.n_threads;
     groups = (call->state.n_heads + DSA__HEADS - 1) / DSA__HEADS;
     call->n_parts = n_rows < 1 || n_rows >= n_tasks ? 1 : dsa__min32(groups, (int32_t)((n_tasks + n_rows - 1) / n_rows));
     shape->n_heads = dsa__min32(call->state.n_heads, (groups + call->n_parts - 1) / call->n_parts * DSA__HEADS);
+    if (call->n_lists > 1 || call->n_kv > 1)             /* a unit has one list and one KV head */
+        shape->n_heads = dsa__gcd(call->state.n_heads / call->n_lists, call->state.n_heads / (call->n_kv ? call->n_kv : 1));
     call->n_parts = (call->state.n_heads + shape->n_heads - 1) / shape->n_heads;
+    if (call->n_kv) call->tile_row = (size_t)dsa__type_bytes(shape->format) * ((size_t)shape->dim_latent + (size_t)shape->dim_rope);
     call->tasks = (dsa__attend_task *)dsa__take(arena, n_tasks, 1, sizeof *call->tasks);
     for (t = 0; t < n_tasks; t++) {
         dsa__attend_task k;
         k.packed  = dsa__take(arena, 1, 1, kernels->attend_query_bytes(shape));
         k.scratch = dsa__take(arena, 1, 1, kernels->attend_bytes(shape));
         k.rows    = (const unsigned char **)dsa__take(arena, DSA__ROWS + DSA__AHEAD, 1, sizeof *k.rows);
+        k.tile    = (unsigned char *)dsa__take(arena, call->tile_row ? DSA__ROWS + DSA__AHEAD : 0, (int64_t)call->tile_row, 1);
+        k.q       = (float *)dsa__take(arena, call->n_kv ? shape->n_heads : 0, (int64_t)shape->dim_latent + shape->dim_rope, sizeof(float));
         if (arena->base && call->tasks) call->tasks[t] = k;
     }
     return arena->overflow ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "attend: the workspace does not fit in size_t") : DSA_OK;
@@ -6769,6 +7413,29 @@ static const unsigned char *dsa__attend_row(const dsa_attend_args *a, const dsa_
     if (position < 0 || position >= len) return NULL;
     page = dsa__page_of(c, position, &offset);
     return dsa__row_in(c, page, offset);
+}
+
+/* [value | key] of KV head kv in y, from the rows of the two caches; NULL if one is not there. */
+static const unsigned char *dsa__attend_pair(const dsa__attend_call *call, const unsigned char *key, const unsigned char *value,
+                                             int64_t kv, unsigned char *y)
+{
+    size_t e = (size_t)dsa__type_bytes(call->shape.format), dv = e * (size_t)call->shape.dim_latent, dk = e * (size_t)call->shape.dim_rope;
+    if (!key || !value) return NULL;
+    memcpy(y, value + (size_t)kv * dv, dv);
+    memcpy(y + dv, key + (size_t)kv * dk, dk);
+    return y;
+}
+
+/* The query heads [0, n) of a unit, as the kernel wants them. */
+static const float *dsa__attend_query(const dsa__attend_call *call, const float *q, int32_t n, float *y)
+{
+    int32_t dv = call->shape.dim_latent, dk = call->shape.dim_rope, h;
+    if (!call->n_kv) return q;
+    for (h = 0; h < n; h++) {
+        memset(y + (int64_t)h * (dv + dk), 0, sizeof(float) * (size_t)dv);
+        memcpy(y + (int64_t)h * (dv + dk) + dv, q + (int64_t)h * dk, sizeof(float) * (size_t)dk);
+    }
+    return y;
 }
 
 static void dsa__attend_task_run(void *arg, int32_t task)
@@ -6786,15 +7453,16 @@ static void dsa__attend_task_run(void *arg, int32_t task)
         int64_t row = unit / call->n_parts, head = unit % call->n_parts * shape.n_heads, at = row * s->n_heads + head, i = 0, end;
         const dsa_seq *seq = dsa__seek(&cur, row);
         const dsa_cache *c = seq->latent;
-        const int32_t *list = a->what == DSA_ATTEND_LIST ? a->indices + row * call->index_stride : NULL;
-        int64_t len = dsa__len(seq, c);
-        int32_t n = 0, now;
+        const int64_t lists = row * call->n_lists + head * call->n_lists / s->n_heads, kv = head * call->n_kv / s->n_heads;
+        const int32_t *list = a->what == DSA_ATTEND_LIST ? a->indices + lists * call->index_stride : NULL;
+        int64_t len = dsa__len(seq, c), dim_q = (int64_t)call->ctx->config.dim_latent + call->ctx->config.dim_rope;
+        int32_t n = 0, now, place = 0;
         shape.n_heads = (int32_t)dsa__min64(shape.n_heads, s->n_heads - head);
         if (call->causal) len = dsa__visible(&cur, seq, c, row);
         if (call->fused) dsa__attend_begin_heads(s, at, shape.n_heads);
-        kernels->attend_pack(&shape, a->q + at * (shape.dim_latent + shape.dim_rope), t->packed);
+        kernels->attend_pack(&shape, dsa__attend_query(call, a->q + at * dim_q, shape.n_heads, t->q), t->packed);
         end = list ? call->n_indices : dsa__visible(&cur, seq, c, row);
-        if (list && a->counts) end = dsa__clamp64(a->counts[row], 0, call->n_indices);
+        if (list && a->counts) end = dsa__clamp64(a->counts[lists], 0, call->n_indices);
         if (a->what == DSA_ATTEND_RANGE) {
             i = dsa__clamp64(a->ks[row], 0, len);
             end = dsa__clamp64(a->ke[row], 0, len);
@@ -6802,6 +7470,11 @@ static void dsa__attend_task_run(void *arg, int32_t task)
         while (i < end || n > 0) {                       /* up to a block and a glance at the next, then the block goes */
             for (; i < end && n < DSA__ROWS + DSA__AHEAD; i++) {
                 t->rows[n] = dsa__attend_row(a, c, len, list, i);
+                if (call->n_kv) {                        /* as many places as rows wait at most: none is overwritten in use */
+                    t->rows[n] = dsa__attend_pair(call, t->rows[n], dsa__attend_row(a, seq->value, len, list, i), kv,
+                                                  t->tile + (size_t)place * call->tile_row);
+                    place = t->rows[n] ? (place + 1) % (DSA__ROWS + DSA__AHEAD) : place;
+                }
                 n += t->rows[n] != NULL;
             }
             now = dsa__min32(n, DSA__ROWS);
@@ -6958,6 +7631,8 @@ static dsa_status dsa__step_plan(const dsa_ctx *ctx, const dsa_step_args *a, dsa
     if (st != DSA_OK) return st;
     memset(c, 0, sizeof *c);
     if (!a) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_step: args is NULL");
+    st = dsa__plain_only(ctx, "dsa_step: pools, groups, blocks and n_kv_heads go through append, score_select and attend");
+    if (st != DSA_OK) return st;
     if ((a->latent == NULL) != (a->index_key == NULL)) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_step: latent and index_key go together");
     st = dsa__rows(ctx, a->n_seqs, a->seqs, &c->state.n_rows);
     if (st != DSA_OK) return st;
@@ -7136,6 +7811,10 @@ static dsa_status dsa__layer_plan(const dsa_ctx *ctx, const dsa_layer_args *a, d
     f = &ctx->config;
     memset(c, 0, sizeof *c);
     if (!a || !a->weights) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_layer: args or weights is NULL");
+    st = dsa__plain_only(ctx, "dsa_layer: only DeepSeek-V3.2's form of the algorithm (the manual's chapter MODELS)");
+    if (st == DSA_OK && (f->foreign_layer || f->index_norm != DSA_NORM_LAYER || f->rope_width != f->dim_rope || f->rope_first))
+        st = dsa__fail(ctx, DSA_ERR_UNSUPPORTED, "dsa_layer: the config's layer is not the manual's LAYER: its projections are yours");
+    if (st != DSA_OK) return st;
     w = a->weights;
     st = dsa__rows(ctx, a->n_seqs, a->seqs, &c->n_rows);
     if (st == DSA_OK) st = dsa__tensor_check(ctx, &w->q_a, "dsa_layer: weight q_a");
@@ -7292,7 +7971,7 @@ static dsa_status dsa__layer_tile(const dsa_ctx *ctx, const dsa_layer_args *a, d
         memset(&score, 0, sizeof score);
         memset(&sel, 0, sizeof sel);
         if (sparse_rows) {                               /* a tile of dense-fallback rows needs no queries */
-            float scale = (float)(1.0 / sqrt((double)f->n_index_heads * f->dim_index));
+            float scale = f->index_scale;
             dsa__project(g, &w->index_q_b, c->qr, f->dim_q_lora, (int64_t)f->n_index_heads * f->dim_index, c->index_q);
             (void)dsa_rope_rows(c->index_q, n, (int64_t)f->n_index_heads * f->dim_index, f->n_index_heads, f->dim_index,
                                 f->dim_index, &i_rope, c->positions, 0);
@@ -7711,7 +8390,8 @@ static dsa_status dsa__set_check(const dsa_ctx *ctx, const dsa_attend_args *a, d
 {
     int64_t n_indices = a->n_indices ? a->n_indices : ctx->config.top_k;
     int32_t i;
-    dsa_status st = dsa__rows(ctx, a->n_seqs, a->seqs, n_rows);
+    dsa_status st = dsa__plain_only(ctx, "backward: pools, groups, blocks, n_kv_heads and index_linear are not built");
+    if (st == DSA_OK) st = dsa__rows(ctx, a->n_seqs, a->seqs, n_rows);
     if (st == DSA_OK) st = dsa__batch_check(ctx, a->n_seqs, a->seqs, kind);
     if (st == DSA_OK) st = dsa__on_host(ctx, a->n_seqs, a->seqs);
     if (st != DSA_OK) return st;
@@ -8365,7 +9045,7 @@ static dsa_status dsa__layer_back_queries(const dsa_ctx *ctx, dsa__layer_back *c
     const float *x = a->layer.x + row * f->dim_hidden, *dy = a->d_y ? a->d_y + row * f->dim_hidden : NULL;
     const int64_t H = f->n_heads, dim_q = s->dim_q, dim_qk = s->dim_qk, R = f->dim_latent;
     const int64_t index_dim = (int64_t)f->n_index_heads * f->dim_index;
-    const float index_scale = (float)(1.0 / sqrt((double)index_dim));
+    const float index_scale = f->index_scale;
     dsa_rope q_rope = dsa_config_rope(ctx, (int32_t)dim_q), i_rope = dsa_config_index_rope(ctx);
     dsa__mm q_a = dsa__mm_of(ctx, &w->q_a, n, f->dim_hidden, f->dim_q_lora, c->mm);
     dsa__mm q_b = dsa__mm_of(ctx, &w->q_b, n, f->dim_q_lora, H * dim_q, c->mm);

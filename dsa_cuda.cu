@@ -4211,6 +4211,7 @@ static dsa_status dsa__cu_attend_launch(const dsa__cu *g, const dsa__cu_attend *
 /* The context has a device, the batch is sound, the cache is of the kind, on the device, and has the config's dims. */
 static dsa_status dsa__cu_check(const dsa_ctx *ctx, const dsa_cuda_batch *b, const dsa_cache *cache, dsa_kind kind)
 {
+    const dsa_config *f;
     dsa_cache c;
     dsa_status st;
     if (!ctx) return DSA_ERR_NULL;
@@ -4230,6 +4231,10 @@ static dsa_status dsa__cu_check(const dsa_ctx *ctx, const dsa_cuda_batch *b, con
     c.len = 0;
     st = dsa_cache_check(ctx, &c);
     if (st != DSA_OK) return st;
+    f = &ctx->config;
+    if (f->stride > 1 || f->pooling != DSA_POOL_NONE || f->index_groups > 1 || f->index_linear || f->index_no_weights ||
+        f->block_size > 1 || f->n_local_blocks || f->n_kv_heads || f->dim_value != f->dim_latent)
+        return dsa__cu_fail(ctx, DSA_ERR_UNSUPPORTED, "cuda: pools, groups, blocks and n_kv_heads run on the CPU only");
     if (kind == DSA_LATENT ? c.dim != ctx->config.dim_latent || c.dim_rope != ctx->config.dim_rope : c.dim != ctx->config.dim_index)
         return dsa__cu_fail(ctx, DSA_ERR_FORMAT, "cuda: a cache's dims differ from the config's");
     if (kind == DSA_INDEX_KEY && ctx->config.hadamard != DSA_HADAMARD_AUTO &&

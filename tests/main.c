@@ -17,6 +17,7 @@ SUITE_EXTERN(shards_suite);
 SUITE_EXTERN(errors_suite);
 SUITE_EXTERN(device_suite);
 SUITE_EXTERN(golden_suite);
+SUITE_EXTERN(models_suite);
 
 GREATEST_MAIN_DEFS();
 
@@ -54,5 +55,6 @@ int main(int argc, char **argv)
     RUN_SUITE(errors_suite);
     RUN_SUITE(device_suite);
     RUN_SUITE_PER_ISA(golden_suite);
+    RUN_SUITE_PER_ISA(models_suite);
     GREATEST_MAIN_END();
 }

@@ -158,7 +158,7 @@ TEST bad_configs(void)
     dsa_config c;
     IS(DSA_ERR_NULL, dsa_init(NULL, NULL));
     IS(DSA_ERR_NULL, dsa_config_preset(DSA_GLM_5, NULL));
-    IS(DSA_ERR_ARGUMENT, dsa_config_preset((dsa_preset)9, &c));
+    IS(DSA_ERR_ARGUMENT, dsa_config_preset((dsa_preset)(DSA_DEEPSEEK_V4_PRO + 1), &c));
     BAD_CONFIG(DSA_ERR_SHAPE, c.n_heads = -3);
     BAD_CONFIG(DSA_ERR_SHAPE, c.dim_latent = -3);
     BAD_CONFIG(DSA_ERR_SHAPE, c.dim_rope = -3);

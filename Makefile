@@ -30,7 +30,7 @@ EXAMPLES = build/01_quick_start build/02_paged_attention build/03_decode_step bu
 TEST_OBJECTS = build/impl.o build/main.o $(patsubst tests/%.c,build/%.o,$(filter-out %/test_cuda.c,$(sort $(wildcard tests/test_*.c))))
 TEST_HEADERS = dsa.h tests/harness.h tests/brute.h tests/fixture.h tests/ref_layer.h examples/safetensors.h
 TOOL_HEADERS = dsa.h tools/engine.h tools/needle.h tools/blis.h tools/conformance_kernels.h tools/conformance_model.h \
-	tools/conformance_report.h tools/bench.h tools/bench_data.h tools/device.h tools/bench_cuda.h examples/safetensors.h
+	tools/conformance_layers.h tools/conformance_report.h tools/bench.h tools/bench_data.h tools/device.h tools/bench_cuda.h examples/safetensors.h
 
 help:
 	@echo 'make tools        build/conformance build/generate build/needle build/demo build/bench'
@@ -77,7 +77,7 @@ mpi:
 	OMPI_CC='$(CC)' mpicc $(CFLAGS) $(WARN) -o build/context_parallel_mpi examples/context_parallel_mpi.c $(LIBS)
 
 conformance: build/conformance
-	build/conformance tests/vectors/*.safetensors
+	build/conformance tests/vectors/*.safetensors tests/vectors/models/*.safetensors
 	build/conformance --model examples/tiny-dsa examples/tiny-dsa/reference.safetensors
 
 cuda: build/dsa_cuda.o

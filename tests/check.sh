@@ -184,7 +184,7 @@ mpi() {
 }
 
 conformance() {
-    "$@" tests/vectors/*.safetensors && "$@" --model examples/tiny-dsa examples/tiny-dsa/reference.safetensors
+    "$@" tests/vectors/*.safetensors tests/vectors/models/*.safetensors && "$@" --model examples/tiny-dsa examples/tiny-dsa/reference.safetensors
 }
 
 with_blis() {

@@ -19,14 +19,15 @@
 #include "conformance_report.h"
 #include "conformance_kernels.h"
 #include "conformance_model.h"
+#include "conformance_layers.h"
 
 static const char usage[] =
     "Usage: conformance [options] FILE...\n"
     "       conformance [options] --model DIR FILE...\n"
     "\n"
     "Runs reference files (.safetensors) through dsa.h and compares the results with the stored ones. A file may hold a\n"
-    "small model with its inner results, a FlashMLA sparse forward, a FlashMLA FP8 cache or DeepGEMM MQA logits; its\n"
-    "tensor names tell which. With --model, FILE holds the reference results of the model in the folder DIR.\n"
+    "small model with its inner results, attention layers of another model, a FlashMLA sparse forward, a FlashMLA FP8 cache\n"
+    "or DeepGEMM MQA logits; its tensor names tell which. With --model, FILE holds the reference results of the model in the folder DIR.\n"
     "\n"
     "  --isa NAME     auto (default), scalar, avx2, avx512, avx512base or neon\n"
     "  --threads N    threads, 1 to 256 (default 1); no result depends on it\n"
@@ -62,7 +63,7 @@ static int check_file(run *r, const char *model_dir)
     else if (st_find(&file, "v32_bytes")) result = check_fp8_cache(r, &file);
     else if (st_find(&file, "out_f32")) result = check_sparse_forward(r, &file);
     else if (st_find(&file, "k_scale")) result = check_mqa_logits(r, &file);
-    else if (st_find(&file, "attn_in.0")) result = bad_file(r, "unsupported: attention layers of another model");
+    else if (st_find(&file, "attn_in.0")) result = check_layers(r, &file);
     else if (st_find(&file, "input_ids") && st_find(&file, "w.model.embed_tokens.weight")) result = check_model(r, &file);
     else if (st_find(&file, "input_ids")) result = bad_file(r, "unsupported: reference of a model folder; pass it with --model DIR");
     else result = bad_file(r, "unsupported: its tensor names belong to no known kind of reference file");

@@ -55,13 +55,14 @@
      >>backward     6. gradients of norms, projections, attention and the indexer
      >>layer_backward 7. gradients of the layer
      >>shards       8. one sequence on several machines
+     >>pages        9. pages shared by sequences
      >>end          of the implementation
      >>revisions    what changed, and the licence */
 
 /* ============================================================================================
    >>manual                                   what it computes, how to call it, what it promises
    ============================================================================================
-   Chapters: WHAT IT DOES NOT DO, ALGORITHM, LAYER, MODELS, CALLS, BATCHES, BACKWARD, LAYOUTS, ROUNDING, CONTRACTS, THREADS, CUDA,
+   Chapters: WHAT IT DOES NOT DO, ALGORITHM, LAYER, MODELS, CALLS, BATCHES, PAGES, BACKWARD, LAYOUTS, ROUNDING, CONTRACTS, THREADS, CUDA,
    MEMORY, ERRORS, OPTIONS, CONVENTIONS, PEERS, LIMITS, SOURCES.
 
    WHAT IT DOES NOT DO
@@ -202,6 +203,22 @@
      then dsa_attend_begin, _add, _partial over list, out and lse to all, dsa_attend_merge in the order of the shards. Scored lists
      have no short-context fallback: a row whose key is NaN is never chosen.
 
+   PAGES: sequences that share rows (dsa_pages)
+     The caches of all layers are pools of pages; page p means page p in each of them. dsa_pages knows which sequence holds which pages
+     and which tokens made them. Serving a request:
+         dsa_cache_create(&ctx, &(dsa_cache_desc){ .kind = .., .capacity = 4096 * 64, .page_size = 64 }, &planes[i]);   // once, all layers
+         dsa_pages_create(&ctx, &(dsa_pages_desc){ .n_planes = n, .planes = planes, .max_seqs = 256 }, &pages);
+         dsa_pages_open(&ctx, pages, prompt, n_prompt - 1, &seq, &n_cached);      // rows [0, n_cached) are there: no prefill for them
+         dsa_pages_reserve(&ctx, pages, seq, n);                                  // DSA_ERR_CAPACITY: out of pages, try later
+         dsa_pages_view(&ctx, pages, seq, i, &cache);                             // for each plane: then append, step or layer as ever
+         dsa_pages_commit(&ctx, pages, seq, prompt + n_cached, n);                // now they count, and others may share them
+         dsa_pages_close(&ctx, pages, seq);                                       // its pages stay as long as nobody needs them
+     Copy on write: a page that somebody else holds, or whose rows the index has promised, is copied when it would be written on. Drafts:
+     reserve and write them all, commit the accepted ones; the others are written over. Beams: fork. A shared row has the bits that its
+     first writer gave it; that these are the bits of recomputing is what CONTRACTS (Same bits) says of append, step and layer.
+     Prefixes are found to the token, not only to the page: full pages through a hash of their tokens and the page before them (then
+     compared), the rest by comparing with the pages behind the last full one. Only pages that no sequence holds are evicted.
+
    BACKWARD (gradients only: the optimiser is yours)
      dsa_layer_backward    all of a layer's gradients: weights, x, and the indexer's loss     from weights
      dsa_attend_backward   dq, dkv, dz, and the indexer's target p                            an engine that has its own projections
@@ -335,9 +352,10 @@
      Index scores: exact products and f32 sums, on Hopper's FP8 tensor cores with their narrower accumulator.
 
    MEMORY
-     Only dsa_cache_create and dsa_pool_create allocate (config.allocator, the pool's argument, or malloc), once. dsa_cache_init
-     takes your memory instead (dsa_cache_bytes says how much). Scattered rows like huge pages: an allocator that asks for them
-     (Linux: mmap on 2 MiB, madvise MADV_HUGEPAGE; tools/bench.h) took 1 % off sparse attention over 128K rows where it was measured.
+     Only dsa_cache_create, dsa_pages_create and dsa_pool_create allocate (config.allocator, the pool's argument, or malloc), once.
+     dsa_cache_init and dsa_pages_init take your memory instead (dsa_cache_bytes, dsa_pages_bytes say how much).
+     Scattered rows like huge pages: an allocator that asks for them (Linux: mmap on 2 MiB, madvise MADV_HUGEPAGE; tools/bench.h)
+     took 1 % off sparse attention over 128K rows where it was measured.
      Everything else works in a workspace that you own:
          size_t bytes;
          dsa_step_args args = { .n_seqs = 1, .seqs = &seq };        // pointers to data may still be NULL
@@ -451,7 +469,8 @@ extern "C" {
     X(DSA_ERR_THREAD,      "a thread could not be started") \
     X(DSA_ERR_NO_DEVICE,   "no usable device of the requested kind") \
     X(DSA_ERR_UNSUPPORTED, "not supported by this build, this CPU or this version") \
-    X(DSA_ERR_DEVICE,      "the device failed: a copy or a launch returned an error")
+    X(DSA_ERR_DEVICE,      "the device failed: a copy or a launch returned an error") \
+    X(DSA_ERR_DATA,        "stored data is damaged, or was made for something else")
 
 #define DSA__ENUM(name, text) name,
 typedef enum dsa_status { DSA_STATUS_LIST(DSA__ENUM) DSA__STATUS_COUNT } dsa_status;
@@ -635,7 +654,7 @@ typedef struct dsa_config {
     void *parallel_user;
     dsa_gemm gemm;               /* NULL: built-in */
     void *gemm_user;
-    dsa_allocator allocator;     /* used by dsa_cache_create and dsa_pool_create only; zero = malloc/free */
+    dsa_allocator allocator;     /* used by dsa_cache_create, dsa_pages_create and dsa_pool_create only; zero = malloc/free */
     dsa_cuda *cuda;              /* NULL: none. Caches created or viewed with device CUDA or AUTO live there */
     char *detail;                /* optional: on error, which argument of which call; zero-terminated. Left alone on success, but
                                     emptied by dsa_init */
@@ -1143,6 +1162,65 @@ DSA_API dsa_status dsa_shard_ranges(const dsa_shard *shard, int64_t len, int32_t
 DSA_API dsa_status dsa_shard_to_global(const dsa_shard *shard, int64_t n, int32_t *indices);
 /* The way back, each in its place: what another shard holds, and what is negative, becomes -1. local may be indices. */
 DSA_API dsa_status dsa_shard_to_local(const dsa_shard *shard, int64_t n, const int32_t *indices, int32_t *local);
+
+/* ---- 9. pages shared by sequences --------------------------------------------------------- */
+/* Which page holds which rows of which sequence, for a pool of pages that sequences share, copy on write, and an index of token
+   prefixes that are in the pool already (manual: PAGES). It only keeps the books: rows lie in the caller's caches, and page number p
+   means page p in every one of them. Not to be mixed up with dsa_pool, which is a pool of threads. */
+typedef struct dsa_pages dsa_pages;
+typedef struct dsa_pages_desc {
+    int32_t n_planes;
+    const dsa_cache *planes;     /* [n_planes] the memory: caches without a block table, all of one page_size and n_pages, say the latents
+                                    and the index keys of every layer. Their len is not read; the memory must outlive the books */
+    int32_t max_seqs;            /* sequences that can be open at a time, >= 1 */
+    int64_t max_len;             /* rows of the longest; 0 = all pages. Sizes the block tables: max_seqs ceil(max_len / page_size) int32s */
+} dsa_pages_desc;
+typedef struct dsa_pages_usage {
+    int64_t n_rows;
+    int32_t n_pages;             /* a sequence: that it holds; the pool: that any sequence holds */
+    int32_t n_own;               /* of these, held by no other sequence */
+    size_t latent_bytes, index_bytes; /* of the n_pages pages, over all planes, as strides lay them out; values count as latents */
+    size_t own_latent_bytes, own_index_bytes; /* of the n_own pages */
+    int32_t n_cached, n_free;    /* the pool only: pages that no sequence holds, but the index does; and the rest */
+    int32_t n_seqs;              /* the pool only: open sequences */
+} dsa_pages_usage;
+/* Bytes for the books (about 40 + 4 page_size a page), and the books in the caller's memory, any alignment. ERR_NULL, ERR_SHAPE (counts,
+   planes that differ in pages), ERR_ARGUMENT (a plane with a block table), ERR_OVERFLOW, ERR_CAPACITY, and those of dsa_cache_check. */
+DSA_API dsa_status dsa_pages_bytes(const dsa_ctx *ctx, const dsa_pages_desc *desc, size_t *bytes);
+DSA_API dsa_status dsa_pages_init(const dsa_ctx *ctx, const dsa_pages_desc *desc, void *memory, size_t bytes, dsa_pages **pages);
+/* The same in memory from the config's allocator, one block. ERR_MEMORY, ERR_UNSUPPORTED. */
+DSA_API dsa_status dsa_pages_create(const dsa_ctx *ctx, const dsa_pages_desc *desc, dsa_pages **pages);
+DSA_API void       dsa_pages_destroy(dsa_pages *pages);    /* NULL is fine */
+/* All calls below: ERR_NULL; ERR_ARGUMENT if seq is not open. No call allocates. The caller locks: one call at a time. */
+/* Opens a sequence that holds the longest prefix of tokens [n_tokens] in the pool: n_cached rows that need no prefill. Give n_tokens - 1
+   if the last token's output is wanted. n_tokens 0: an empty one. ERR_CAPACITY: max_seqs are open; ERR_SHAPE: n_tokens < 0. */
+DSA_API dsa_status dsa_pages_open(const dsa_ctx *ctx, dsa_pages *pages, const int32_t *tokens, int64_t n_tokens,
+                                  int32_t *seq, int64_t *n_cached);
+/* Another sequence with the first n_rows rows of seq, whatever n_rows in [0, len]. No row is copied. ERR_ARGUMENT, ERR_CAPACITY. */
+DSA_API dsa_status dsa_pages_fork(const dsa_ctx *ctx, dsa_pages *pages, int32_t seq, int64_t n_rows, int32_t *forked);
+/* Makes rows [len, len + n_rows) writable for seq alone: takes pages, evicts cached ones (least recently used first), copies a last
+   page that others need. All or nothing: ERR_CAPACITY if max_len is exceeded or the pages do not suffice. */
+DSA_API dsa_status dsa_pages_reserve(const dsa_ctx *ctx, dsa_pages *pages, int32_t seq, int64_t n_rows);
+/* The next n_rows reserved rows are written in every plane; they are those of tokens [n_rows], whose full pages others find from now on.
+   tokens NULL: not to be found, nor what follows. ERR_ARGUMENT: more rows than are reserved. */
+DSA_API dsa_status dsa_pages_commit(const dsa_ctx *ctx, dsa_pages *pages, int32_t seq, const int32_t *tokens, int64_t n_rows);
+/* Keeps rows [0, n_rows) and no reserved ones. ERR_ARGUMENT if n_rows lies outside [0, len]. */
+DSA_API dsa_status dsa_pages_truncate(const dsa_ctx *ctx, dsa_pages *pages, int32_t seq, int64_t n_rows);
+/* Ends the sequence. Its rows with known tokens stay in the index, the last page too, until their pages are needed. */
+DSA_API dsa_status dsa_pages_close(const dsa_ctx *ctx, dsa_pages *pages, int32_t seq);
+/* Frees up to n_pages pages that only the index holds, least recently used first. INT32_MAX: all. ERR_ARGUMENT: negative. */
+DSA_API dsa_status dsa_pages_evict(const dsa_ctx *ctx, dsa_pages *pages, int32_t n_pages);
+/* The sequence's rows in plane i as a cache for the other calls: len is the committed length, its capacity ends with the reserved pages.
+   It is good until the next reserve, truncate or close of this sequence. ERR_ARGUMENT: no such plane. */
+DSA_API dsa_status dsa_pages_view(const dsa_ctx *ctx, const dsa_pages *pages, int32_t seq, int32_t plane, dsa_cache *cache);
+/* Rows of seq whose tokens are known, and tokens [begin, end) of these. ERR_ARGUMENT beyond. */
+DSA_API dsa_status dsa_pages_known(const dsa_ctx *ctx, const dsa_pages *pages, int32_t seq, int64_t *n_tokens);
+DSA_API dsa_status dsa_pages_tokens(const dsa_ctx *ctx, const dsa_pages *pages, int32_t seq, int64_t begin, int64_t end, int32_t *tokens);
+/* seq DSA_NONE: the pool. */
+DSA_API dsa_status dsa_pages_get_usage(const dsa_ctx *ctx, const dsa_pages *pages, int32_t seq, dsa_pages_usage *usage);
+/* Holds every count and link against every other; ERR_DATA and the sentence in `detail` say what is wrong. For tests and debugging: it
+   walks everything. */
+DSA_API dsa_status dsa_pages_check(const dsa_ctx *ctx, dsa_pages *pages);
 
 /* ---- threads ------------------------------------------------------------------------------ */
 #ifndef DSA_NO_THREADS
@@ -9355,6 +9433,680 @@ DSA_API dsa_status dsa_shard_to_local(const dsa_shard *shard, int64_t n, const i
 }
 
 /* ============================================================================================
+   >>pages                                    9. pages shared by sequences
+   ============================================================================================
+   Every page is free, held (refs > 0) or cached (refs == 0, in the index). The index is a tree: a page's tokens, and for a parent the
+   page before it, so a path from the root spells a prefix, and pages with equal tokens behind different prefixes differ. Full pages
+   are found by a hash of (parent, tokens) and then by comparing; the end of a prefix by walking the children of the last full page.
+
+   A page in the index never changes the tokens and rows it has there. What makes that simple:
+     - Whoever holds a page holds, as the page before it, the same page as everybody else who does. For a page gets to a second holder
+       by fork or open only, which hand out whole prefixes.
+     - So a page is held at most as often as its parent in the index, and what is cached is closed under children.
+     - Cached pages enter the list children first. Its oldest page therefore has no child, and eviction needs no search.
+   Two sequences that computed the same prefix at the same time each keep their own rows; only the first's are in the index. The other's
+   continuation is hung in when it closes: rows never change under an open sequence. */
+
+typedef struct dsa__page {
+    int32_t refs;                /* sequences that hold it */
+    int32_t n_tokens;            /* its tokens in the index, 0: it is not in there */
+    int32_t parent, child, next, prev;    /* the tree, siblings in a list; -1: none */
+    int32_t chain;               /* the next full page of the same bucket */
+    int32_t older, newer;        /* the list of cached pages; free ones are chained by newer */
+    int32_t seen;                /* for dsa_pages_check */
+} dsa__page;
+
+typedef struct dsa__pages_seq {
+    int32_t open;                /* 1, or 0 and then n_blocks is the next closed one */
+    int32_t n_blocks;            /* pages it holds: of its len rows and of the reserved ones */
+    int32_t n_published;         /* leading pages, full ones, that are in the index themselves (not just their tokens) */
+    int64_t len, reserved, n_known;       /* n_known <= len <= reserved: rows with known tokens, rows, rows it may write up to */
+} dsa__pages_seq;
+
+struct dsa_pages {
+    int32_t n_planes, n_pages, page_size, max_seqs, max_blocks, n_buckets;    /* n_buckets: a power of two */
+    int32_t root, free_page, free_seq, oldest, newest, n_free, n_cached, n_seqs;      /* root: the first page of the first block */
+    size_t latent_bytes, index_bytes;     /* of one page */
+    dsa_cache *planes;
+    dsa__page *page;             /* [n_pages] */
+    int32_t *tokens;             /* [n_pages, page_size] */
+    int32_t *bucket;             /* [n_buckets] */
+    dsa__pages_seq *seqs;        /* [max_seqs] */
+    int32_t *tables;             /* [max_seqs, max_blocks], -1 behind n_blocks */
+    dsa_allocator allocator;
+    void *owned;
+};
+
+/* Checks the desc, fills *p and carves its arrays, after itself, from the arena. */
+static dsa_status dsa__pages_plan(const dsa_ctx *ctx, const dsa_pages_desc *d, dsa__arena *arena, dsa_pages *p, dsa_pages **home)
+{
+    int64_t rows, blocks;
+    int32_t i;
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    memset(p, 0, sizeof *p);
+    if (!d) return dsa__fail(ctx, DSA_ERR_NULL, "pages: desc is NULL");
+    if (d->n_planes < 1 || d->max_seqs < 1) return dsa__fail(ctx, DSA_ERR_SHAPE, "pages: n_planes and max_seqs must be at least 1");
+    if (!d->planes) return dsa__fail(ctx, DSA_ERR_NULL, "pages: planes is NULL");
+    for (i = 0; i < d->n_planes; i++) {
+        const dsa_cache *c = &d->planes[i];
+        size_t bytes, *sum = c->kind == DSA_INDEX_KEY ? &p->index_bytes : &p->latent_bytes;
+        if (c->kind != DSA_LATENT && c->kind != DSA_INDEX_KEY && c->kind != DSA_VALUE)
+            return dsa__fail(ctx, DSA_ERR_FORMAT, "pages: a plane of unknown kind");
+        st = dsa__cache_check(ctx, c, c->kind, 0);
+        if (st != DSA_OK) return st;
+        if (dsa__on_device(c)) return dsa__fail(ctx, DSA_ERR_UNSUPPORTED, "pages: copies of rows on a device are not built");
+        if (c->block_table) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "pages: a plane has a block table; the books hold those");
+        if (c->n_pages < 1 || c->page_size != d->planes[0].page_size || c->n_pages != d->planes[0].n_pages)
+            return dsa__fail(ctx, DSA_ERR_SHAPE, "pages: planes differ in page_size or n_pages, or have none");
+        if (c->n_pages > 1) bytes = c->page_stride;
+        else st = dsa_page_bytes(c->kind, c->format, c->dim, c->dim_rope, c->page_size, &bytes);
+        if (st != DSA_OK) return st;
+        if (c->scales && c->n_pages > 1) bytes += c->scale_page_stride;
+        if (bytes > (size_t)-1 / 2 / (size_t)d->n_planes / (size_t)c->n_pages)
+            return dsa__fail(ctx, DSA_ERR_OVERFLOW, "pages: the planes do not fit in size_t");
+        *sum += bytes;
+    }
+    p->n_planes = d->n_planes;
+    p->n_pages = (int32_t)d->planes[0].n_pages;
+    p->page_size = d->planes[0].page_size;
+    p->max_seqs = d->max_seqs;
+    rows = dsa__min64((int64_t)p->n_pages * p->page_size, DSA__MAX_POS);
+    if (d->max_len < 0 || d->max_len > DSA__MAX_POS) return dsa__fail(ctx, DSA_ERR_SHAPE, "pages: max_len lies outside [0, 2^31 - 1]");
+    if (d->max_len > 0) rows = dsa__min64(rows, d->max_len);
+    blocks = (rows + p->page_size - 1) / p->page_size;
+    p->max_blocks = (int32_t)blocks;
+    for (p->n_buckets = 1; p->n_buckets < p->n_pages && p->n_buckets < 1 << 30; ) p->n_buckets *= 2;
+    *home      = (dsa_pages *)dsa__take(arena, 1, 1, sizeof *p);
+    p->planes  = (dsa_cache *)dsa__take(arena, p->n_planes, 1, sizeof *p->planes);
+    p->page    = (dsa__page *)dsa__take(arena, p->n_pages, 1, sizeof *p->page);
+    p->tokens  = (int32_t *)dsa__take(arena, p->n_pages, p->page_size, sizeof *p->tokens);
+    p->bucket  = (int32_t *)dsa__take(arena, p->n_buckets, 1, sizeof *p->bucket);
+    p->seqs    = (dsa__pages_seq *)dsa__take(arena, p->max_seqs, 1, sizeof *p->seqs);
+    p->tables  = (int32_t *)dsa__take(arena, p->max_seqs, p->max_blocks, sizeof *p->tables);
+    return arena->overflow ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "pages: the books do not fit in size_t") : DSA_OK;
+}
+
+DSA_API dsa_status dsa_pages_bytes(const dsa_ctx *ctx, const dsa_pages_desc *desc, size_t *bytes)
+{
+    dsa__arena arena = dsa__arena_over(NULL);
+    dsa_pages p, *home;
+    dsa_status st = dsa__pages_plan(ctx, desc, &arena, &p, &home);
+    if (st != DSA_OK) return st;
+    if (!bytes) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_pages_bytes: bytes is NULL");
+    *bytes = dsa__arena_bytes(&arena);
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_pages_init(const dsa_ctx *ctx, const dsa_pages_desc *desc, void *memory, size_t bytes, dsa_pages **pages)
+{
+    dsa__arena arena;
+    dsa_pages p, *home;
+    size_t need = 0;
+    int64_t i;
+    dsa_status st = dsa_pages_bytes(ctx, desc, &need);
+    if (st != DSA_OK) return st;
+    if (!memory || !pages) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_pages_init: memory or pages is NULL");
+    if (bytes < need) return dsa__fail(ctx, DSA_ERR_CAPACITY, "dsa_pages_init: memory is smaller than dsa_pages_bytes says");
+    arena = dsa__arena_over(memory);
+    st = dsa__pages_plan(ctx, desc, &arena, &p, &home);
+    DSA__CARVED(st, arena, bytes);
+    if (st != DSA_OK) return st;
+    memcpy(p.planes, desc->planes, (size_t)p.n_planes * sizeof *p.planes);
+    memset(p.page, 0, (size_t)p.n_pages * sizeof *p.page);
+    memset(p.tokens, 0, (size_t)p.n_pages * (size_t)p.page_size * sizeof *p.tokens);
+    for (i = 0; i < p.n_pages; i++) p.page[i].newer = i + 1 < p.n_pages ? (int32_t)i + 1 : -1;
+    for (i = 0; i < p.n_buckets; i++) p.bucket[i] = -1;
+    for (i = 0; i < (int64_t)p.max_seqs * p.max_blocks; i++) p.tables[i] = -1;
+    memset(p.seqs, 0, (size_t)p.max_seqs * sizeof *p.seqs);
+    for (i = 0; i < p.max_seqs; i++) p.seqs[i].n_blocks = i + 1 < p.max_seqs ? (int32_t)i + 1 : -1;
+    p.root = p.oldest = p.newest = -1;
+    p.n_free = p.n_pages;
+    *home = p;
+    *pages = home;
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_pages_create(const dsa_ctx *ctx, const dsa_pages_desc *desc, dsa_pages **pages)
+{
+    size_t need = 0;
+    void *memory;
+    dsa_allocator a;
+    dsa_status st = dsa_pages_bytes(ctx, desc, &need);
+    if (st != DSA_OK) return st;
+    if (!pages) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_pages_create: pages is NULL");
+    a = dsa__allocator(&ctx->config.allocator);
+    if (!a.alloc) return dsa__fail(ctx, DSA_ERR_UNSUPPORTED, "dsa_pages_create: DSA_NO_MALLOC needs config.allocator");
+    memory = a.alloc(a.user, need);
+    if (!memory) return dsa__fail(ctx, DSA_ERR_MEMORY, "dsa_pages_create: the allocator returned NULL");
+    st = dsa_pages_init(ctx, desc, memory, need, pages);
+    if (st != DSA_OK) { a.release(a.user, memory); return st; }
+    (*pages)->allocator = a;
+    (*pages)->owned = memory;
+    return DSA_OK;
+}
+
+DSA_API void dsa_pages_destroy(dsa_pages *pages)
+{
+    if (pages && pages->owned) pages->allocator.release(pages->allocator.user, pages->owned);
+}
+
+/* ---- the index, and the list of cached pages ------------------------------------------------- */
+
+static int32_t *dsa__page_tokens(const dsa_pages *p, int32_t page) { return p->tokens + (size_t)page * (size_t)p->page_size; }
+
+/* Only where to look: a page is found by its parent and all of its tokens. */
+static int32_t *dsa__bucket_of(const dsa_pages *p, int32_t parent, const int32_t *tokens)
+{
+    uint64_t h = (uint64_t)(int64_t)parent;
+    int32_t i;
+    for (i = 0; i < p->page_size; i++) {
+        h = (h ^ (uint32_t)tokens[i]) * UINT64_C(0x9E3779B97F4A7C15);
+        h ^= h >> 32;
+    }
+    return &p->bucket[h & (uint64_t)(p->n_buckets - 1)];
+}
+
+/* The full page of these tokens behind parent, or -1. */
+static int32_t dsa__page_find(const dsa_pages *p, int32_t parent, const int32_t *tokens)
+{
+    int32_t x = *dsa__bucket_of(p, parent, tokens);
+    while (x >= 0 && (p->page[x].parent != parent || memcmp(dsa__page_tokens(p, x), tokens, 4 * (size_t)p->page_size) != 0))
+        x = p->page[x].chain;
+    return x;
+}
+
+/* The child of parent that shares most of the n tokens, and how many; -1 if none shares any. */
+static int32_t dsa__page_nearest(const dsa_pages *p, int32_t parent, const int32_t *tokens, int64_t n, int32_t *n_same)
+{
+    int32_t x, best = -1;
+    *n_same = 0;
+    for (x = parent < 0 ? p->root : p->page[parent].child; x >= 0; x = p->page[x].next) {
+        const int32_t *own = dsa__page_tokens(p, x);
+        int32_t i = 0, most = (int32_t)dsa__min64(n, p->page[x].n_tokens);
+        while (i < most && own[i] == tokens[i]) i++;
+        if (i > *n_same) { *n_same = i; best = x; }
+    }
+    return best;
+}
+
+static void dsa__page_hash(dsa_pages *p, int32_t x)
+{
+    int32_t *bucket = dsa__bucket_of(p, p->page[x].parent, dsa__page_tokens(p, x));
+    p->page[x].chain = *bucket;
+    *bucket = x;
+}
+
+/* Puts page x into the index with its first n_tokens tokens, or more of them if it is in there. */
+static void dsa__page_publish(dsa_pages *p, int32_t x, int32_t parent, int32_t n_tokens)
+{
+    dsa__page *page = &p->page[x];
+    int32_t *first = parent < 0 ? &p->root : &p->page[parent].child;
+    DSA_ASSERT(page->n_tokens == 0 || (page->parent == parent && page->n_tokens < n_tokens));
+    if (page->n_tokens == 0) {
+        page->parent = parent;
+        page->child = page->prev = -1;
+        page->next = *first;
+        if (*first >= 0) p->page[*first].prev = x;
+        *first = x;
+    }
+    page->n_tokens = n_tokens;
+    if (n_tokens == p->page_size) dsa__page_hash(p, x);
+}
+
+static void dsa__page_unpublish(dsa_pages *p, int32_t x)
+{
+    dsa__page *page = &p->page[x];
+    DSA_ASSERT(page->n_tokens > 0 && page->child < 0);
+    if (page->n_tokens == p->page_size) {
+        int32_t *link = dsa__bucket_of(p, page->parent, dsa__page_tokens(p, x));
+        while (*link != x) link = &p->page[*link].chain;
+        *link = page->chain;
+    }
+    if (page->next >= 0) p->page[page->next].prev = page->prev;
+    if (page->prev >= 0) p->page[page->prev].next = page->next;
+    else if (page->parent >= 0) p->page[page->parent].child = page->next;
+    else p->root = page->next;
+    page->n_tokens = 0;
+}
+
+static void dsa__page_uncache(dsa_pages *p, int32_t x)
+{
+    dsa__page *page = &p->page[x];
+    if (page->older >= 0) p->page[page->older].newer = page->newer; else p->oldest = page->newer;
+    if (page->newer >= 0) p->page[page->newer].older = page->older; else p->newest = page->older;
+    p->n_cached--;
+}
+
+static void dsa__page_cache(dsa_pages *p, int32_t x)     /* as the most recently used */
+{
+    dsa__page *page = &p->page[x];
+    page->older = p->newest;
+    page->newer = -1;
+    if (p->newest >= 0) p->page[p->newest].newer = x; else p->oldest = x;
+    p->newest = x;
+    p->n_cached++;
+}
+
+static void dsa__page_free(dsa_pages *p, int32_t x)
+{
+    p->page[x].newer = p->free_page;
+    p->free_page = x;
+    p->n_free++;
+}
+
+static void dsa__page_evict(dsa_pages *p)
+{
+    int32_t x = p->oldest;
+    dsa__page_uncache(p, x);
+    dsa__page_unpublish(p, x);
+    dsa__page_free(p, x);
+}
+
+static void dsa__page_hold(dsa_pages *p, int32_t x)
+{
+    if (p->page[x].refs++ == 0) dsa__page_uncache(p, x);
+}
+
+static void dsa__page_release(dsa_pages *p, int32_t x)
+{
+    DSA_ASSERT(p->page[x].refs > 0);
+    if (--p->page[x].refs > 0) return;
+    if (p->page[x].n_tokens > 0) dsa__page_cache(p, x); else dsa__page_free(p, x);
+}
+
+/* A page for one holder. There is one. */
+static int32_t dsa__page_take(dsa_pages *p)
+{
+    int32_t x;
+    if (p->n_free == 0) dsa__page_evict(p);
+    x = p->free_page;
+    p->free_page = p->page[x].newer;
+    p->n_free--;
+    p->page[x].refs = 1;
+    return x;
+}
+
+/* ---- sequences ----------------------------------------------------------------------------- */
+
+static int32_t *dsa__pages_table(const dsa_pages *p, int32_t seq) { return p->tables + (size_t)seq * (size_t)p->max_blocks; }
+
+static dsa_status dsa__pages_seq_check(const dsa_ctx *ctx, const dsa_pages *p, int32_t seq)
+{
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    if (!p) return dsa__fail(ctx, DSA_ERR_NULL, "pages is NULL");
+    if (seq < 0 || seq >= p->max_seqs || !p->seqs[seq].open) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "pages: no such sequence is open");
+    return DSA_OK;
+}
+
+static int32_t dsa__pages_new(dsa_pages *p)
+{
+    int32_t seq = p->free_seq;
+    p->free_seq = p->seqs[seq].n_blocks;
+    memset(&p->seqs[seq], 0, sizeof p->seqs[seq]);
+    p->seqs[seq].open = 1;
+    p->n_seqs++;
+    return seq;
+}
+
+static void dsa__pages_set_len(dsa__pages_seq *s, int64_t len, int32_t page_size)
+{
+    s->len = s->reserved = len;
+    s->n_known = dsa__min64(s->n_known, len);
+    s->n_published = (int32_t)dsa__min64(s->n_published, len / page_size);
+}
+
+/* Gives back the pages from block n on, last one first: see above. */
+static void dsa__pages_drop(dsa_pages *p, int32_t seq, int32_t n)
+{
+    int32_t *table = dsa__pages_table(p, seq);
+    dsa__pages_seq *s = &p->seqs[seq];
+    while (s->n_blocks > n) {
+        dsa__page_release(p, table[--s->n_blocks]);
+        table[s->n_blocks] = -1;
+    }
+}
+
+DSA_API dsa_status dsa_pages_open(const dsa_ctx *ctx, dsa_pages *p, const int32_t *tokens, int64_t n_tokens,
+                                  int32_t *seq, int64_t *n_cached)
+{
+    int64_t at = 0;
+    int32_t x = -1, next, n = 0, n_same, i, *table;
+    dsa__pages_seq *s;
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    if (!p || !seq) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_pages_open: pages or seq is NULL");
+    if (n_tokens < 0) return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_pages_open: n_tokens is negative");
+    if (n_tokens > 0 && !tokens) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_pages_open: tokens is NULL");
+    if (p->free_seq < 0) return dsa__fail(ctx, DSA_ERR_CAPACITY, "dsa_pages_open: max_seqs sequences are open");
+    *seq = dsa__pages_new(p);
+    s = &p->seqs[*seq];
+    table = dsa__pages_table(p, *seq);
+    while (n < p->max_blocks && n_tokens - at >= p->page_size && (next = dsa__page_find(p, x, tokens + at)) >= 0) {
+        table[n++] = x = next;
+        at += p->page_size;
+    }
+    s->n_published = n;
+    if (n < p->max_blocks && at < n_tokens) {
+        next = dsa__page_nearest(p, x, tokens + at, n_tokens - at, &n_same);
+        if (next >= 0) table[n++] = next;
+        at += n_same;
+    }
+    for (i = 0; i < n; i++) dsa__page_hold(p, table[i]);
+    s->n_blocks = n;
+    s->len = s->reserved = s->n_known = at;
+    if (n_cached) *n_cached = at;
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_pages_fork(const dsa_ctx *ctx, dsa_pages *p, int32_t seq, int64_t n_rows, int32_t *forked)
+{
+    int32_t i, to, *table;
+    dsa_status st = dsa__pages_seq_check(ctx, p, seq);
+    if (st != DSA_OK) return st;
+    if (!forked) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_pages_fork: forked is NULL");
+    if (n_rows < 0 || n_rows > p->seqs[seq].len) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_pages_fork: n_rows lies outside [0, len]");
+    if (p->free_seq < 0) return dsa__fail(ctx, DSA_ERR_CAPACITY, "dsa_pages_fork: max_seqs sequences are open");
+    to = dsa__pages_new(p);
+    p->seqs[to] = p->seqs[seq];
+    p->seqs[to].n_blocks = (int32_t)((n_rows + p->page_size - 1) / p->page_size);
+    dsa__pages_set_len(&p->seqs[to], n_rows, p->page_size);
+    table = dsa__pages_table(p, to);
+    for (i = 0; i < p->seqs[to].n_blocks; i++) {
+        table[i] = dsa__pages_table(p, seq)[i];
+        dsa__page_hold(p, table[i]);
+    }
+    *forked = to;
+    return DSA_OK;
+}
+
+/* The first n rows of a page, in every plane, and their tokens. */
+static void dsa__page_copy(dsa_pages *p, int32_t from, int32_t to, int32_t n)
+{
+    int32_t i, t;
+    for (i = 0; i < p->n_planes; i++) {
+        const dsa_cache *c = &p->planes[i];
+        size_t row = 0;
+        if (dsa__planar(c->kind, c->format)) {
+            memcpy(dsa__row_in(c, to, 0), dsa__row_in(c, from, 0), (size_t)n * (size_t)c->dim);
+            memcpy(dsa__scale_in(c, to, 0), dsa__scale_in(c, from, 0), (size_t)n * 4);
+            continue;
+        }
+        (void)dsa_row_bytes(c->kind, c->format, c->dim, c->dim_rope, &row);
+        for (t = 0; t < n; t++) memcpy(dsa__row_in(c, to, t), dsa__row_in(c, from, t), row);
+    }
+    memcpy(dsa__page_tokens(p, to), dsa__page_tokens(p, from), 4 * (size_t)n);
+}
+
+/* A last page that is not full may be written on where it is if nobody else holds it and the index has no row of it that would be
+   written over. Else it is copied, or, if no page is left and only the index stands in the way, taken out of the index. */
+DSA_API dsa_status dsa_pages_reserve(const dsa_ctx *ctx, dsa_pages *p, int32_t seq, int64_t n_rows)
+{
+    dsa__pages_seq *s;
+    int64_t n_new;
+    int32_t *table, tail, used, copy = 0, x;
+    dsa_status st = dsa__pages_seq_check(ctx, p, seq);
+    if (st != DSA_OK) return st;
+    s = &p->seqs[seq];
+    table = dsa__pages_table(p, seq);
+    if (n_rows < 0) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_pages_reserve: n_rows is negative");
+    if (n_rows > DSA__MAX_POS - s->len || s->len + n_rows > (int64_t)p->max_blocks * p->page_size)
+        return dsa__fail(ctx, DSA_ERR_CAPACITY, "dsa_pages_reserve: the sequence would be longer than max_len");
+    if (n_rows == 0) return DSA_OK;
+    tail = (int32_t)(s->len / p->page_size);
+    used = (int32_t)(s->len % p->page_size);
+    if (used > 0) copy = p->page[table[tail]].refs > 1 || p->page[table[tail]].n_tokens > used;
+    n_new = dsa__max64((s->len + n_rows + p->page_size - 1) / p->page_size - s->n_blocks, 0);
+    if (n_new + (copy && p->page[table[tail]].refs > 1) > (int64_t)p->n_free + p->n_cached)
+        return dsa__fail(ctx, DSA_ERR_CAPACITY, "dsa_pages_reserve: out of pages");
+    while (n_new-- > 0) table[s->n_blocks++] = dsa__page_take(p);
+    if (copy && p->n_free + p->n_cached > 0) {
+        x = dsa__page_take(p);
+        dsa__page_copy(p, table[tail], x, used);
+        dsa__page_release(p, table[tail]);
+        table[tail] = x;
+    } else if (copy) {
+        dsa__page_unpublish(p, table[tail]);
+    }
+    s->reserved = dsa__max64(s->reserved, s->len + n_rows);
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_pages_commit(const dsa_ctx *ctx, dsa_pages *p, int32_t seq, const int32_t *tokens, int64_t n_rows)
+{
+    dsa__pages_seq *s;
+    int64_t i;
+    int32_t *table, b;
+    dsa_status st = dsa__pages_seq_check(ctx, p, seq);
+    if (st != DSA_OK) return st;
+    s = &p->seqs[seq];
+    table = dsa__pages_table(p, seq);
+    if (n_rows < 0 || n_rows > s->reserved - s->len)
+        return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_pages_commit: more rows than are reserved, or a negative number");
+    if (tokens && s->n_known == s->len) {
+        for (i = 0; i < n_rows; i++)
+            dsa__page_tokens(p, table[(s->len + i) / p->page_size])[(s->len + i) % p->page_size] = tokens[i];
+        s->n_known += n_rows;
+    }
+    s->len += n_rows;
+    for (b = s->n_published; ((int64_t)b + 1) * p->page_size <= s->n_known; b++) {
+        int32_t parent = b > 0 ? table[b - 1] : -1;
+        if (p->page[table[b]].n_tokens < p->page_size) {
+            if (dsa__page_find(p, parent, dsa__page_tokens(p, table[b])) >= 0) break;        /* somebody else's rows were first */
+            dsa__page_publish(p, table[b], parent, p->page_size);
+        }
+        s->n_published = b + 1;
+    }
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_pages_truncate(const dsa_ctx *ctx, dsa_pages *p, int32_t seq, int64_t n_rows)
+{
+    dsa_status st = dsa__pages_seq_check(ctx, p, seq);
+    if (st != DSA_OK) return st;
+    if (n_rows < 0 || n_rows > p->seqs[seq].len)
+        return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_pages_truncate: n_rows lies outside [0, len]");
+    dsa__pages_drop(p, seq, (int32_t)((n_rows + p->page_size - 1) / p->page_size));
+    dsa__pages_set_len(&p->seqs[seq], n_rows, p->page_size);
+    return DSA_OK;
+}
+
+/* Follows the sequence's tokens through the index and hangs in what is missing there. Returns the last page of that path. Behind
+   somebody else's page only what nobody else holds can be hung in: other holders do not hold that page. */
+static int32_t dsa__pages_merge(dsa_pages *p, int32_t seq)
+{
+    const dsa__pages_seq *s = &p->seqs[seq];
+    const int32_t *table = dsa__pages_table(p, seq);
+    int64_t at;
+    int32_t at_page = -1, b = 0, n_same;
+    for (at = 0; at < s->n_known; at += p->page_size, b++) {
+        int32_t x = table[b], n = (int32_t)dsa__min64(p->page_size, s->n_known - at), there = -1;
+        const int32_t *tokens = dsa__page_tokens(p, x);
+        if (n == p->page_size) {
+            there = dsa__page_find(p, at_page, tokens);
+        } else {
+            there = dsa__page_nearest(p, at_page, tokens, n, &n_same);
+            if (n_same < n) there = -1;
+        }
+        if (there < 0) {
+            if (p->page[x].refs > 1 && at_page != (b > 0 ? table[b - 1] : -1)) break;
+            dsa__page_publish(p, x, at_page, n);
+            there = x;
+        }
+        at_page = there;
+    }
+    return at_page;
+}
+
+DSA_API dsa_status dsa_pages_close(const dsa_ctx *ctx, dsa_pages *p, int32_t seq)
+{
+    int32_t x;
+    dsa_status st = dsa__pages_seq_check(ctx, p, seq);
+    if (st != DSA_OK) return st;
+    x = dsa__pages_merge(p, seq);
+    dsa__pages_drop(p, seq, 0);
+    for (; x >= 0; x = p->page[x].parent) {              /* the whole path was used now, children before parents */
+        if (p->page[x].refs > 0) continue;
+        dsa__page_uncache(p, x);
+        dsa__page_cache(p, x);
+    }
+    p->seqs[seq].open = 0;
+    p->seqs[seq].n_blocks = p->free_seq;
+    p->free_seq = seq;
+    p->n_seqs--;
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_pages_evict(const dsa_ctx *ctx, dsa_pages *p, int32_t n_pages)
+{
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    if (!p) return dsa__fail(ctx, DSA_ERR_NULL, "pages is NULL");
+    if (n_pages < 0) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_pages_evict: n_pages is negative");
+    for (; n_pages > 0 && p->n_cached > 0; n_pages--) dsa__page_evict(p);
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_pages_view(const dsa_ctx *ctx, const dsa_pages *p, int32_t seq, int32_t plane, dsa_cache *cache)
+{
+    dsa_status st = dsa__pages_seq_check(ctx, p, seq);
+    if (st != DSA_OK) return st;
+    if (!cache) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_pages_view: cache is NULL");
+    if (plane < 0 || plane >= p->n_planes) return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_pages_view: no such plane");
+    *cache = p->planes[plane];
+    cache->block_table = dsa__pages_table(p, seq);
+    cache->n_blocks = p->seqs[seq].n_blocks;
+    cache->len = p->seqs[seq].len;
+    cache->owned = NULL;
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_pages_known(const dsa_ctx *ctx, const dsa_pages *p, int32_t seq, int64_t *n_tokens)
+{
+    dsa_status st = dsa__pages_seq_check(ctx, p, seq);
+    if (st != DSA_OK) return st;
+    if (!n_tokens) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_pages_known: n_tokens is NULL");
+    *n_tokens = p->seqs[seq].n_known;
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_pages_tokens(const dsa_ctx *ctx, const dsa_pages *p, int32_t seq, int64_t begin, int64_t end, int32_t *tokens)
+{
+    dsa_status st = dsa__pages_seq_check(ctx, p, seq);
+    int64_t i;
+    if (st != DSA_OK) return st;
+    if (begin < 0 || begin > end || end > p->seqs[seq].n_known)
+        return dsa__fail(ctx, DSA_ERR_ARGUMENT, "dsa_pages_tokens: not 0 <= begin <= end <= the known ones");
+    if (begin < end && !tokens) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_pages_tokens: tokens is NULL");
+    for (i = begin; i < end; i++)
+        tokens[i - begin] = dsa__page_tokens(p, dsa__pages_table(p, seq)[i / p->page_size])[i % p->page_size];
+    return DSA_OK;
+}
+
+DSA_API dsa_status dsa_pages_get_usage(const dsa_ctx *ctx, const dsa_pages *p, int32_t seq, dsa_pages_usage *usage)
+{
+    dsa_pages_usage u;
+    int32_t i;
+    dsa_status st = seq == DSA_NONE ? dsa__ctx_check(ctx) : dsa__pages_seq_check(ctx, p, seq);
+    if (st != DSA_OK) return st;
+    if (!p || !usage) return dsa__fail(ctx, DSA_ERR_NULL, "dsa_pages_get_usage: pages or usage is NULL");
+    memset(&u, 0, sizeof u);
+    if (seq == DSA_NONE) {
+        u.n_cached = p->n_cached;
+        u.n_free = p->n_free;
+        u.n_seqs = p->n_seqs;
+        u.n_pages = p->n_pages - p->n_free - p->n_cached;
+        for (i = 0; i < p->n_pages; i++) u.n_own += p->page[i].refs == 1;
+        for (i = 0; i < p->max_seqs; i++) if (p->seqs[i].open) u.n_rows += p->seqs[i].len;
+    } else {
+        u.n_rows = p->seqs[seq].len;
+        u.n_pages = p->seqs[seq].n_blocks;
+        for (i = 0; i < u.n_pages; i++) u.n_own += p->page[dsa__pages_table(p, seq)[i]].refs == 1;
+    }
+    u.latent_bytes = p->latent_bytes * (size_t)u.n_pages;
+    u.index_bytes = p->index_bytes * (size_t)u.n_pages;
+    u.own_latent_bytes = p->latent_bytes * (size_t)u.n_own;
+    u.own_index_bytes = p->index_bytes * (size_t)u.n_own;
+    *usage = u;
+    return DSA_OK;
+}
+
+/* ---- the checker --------------------------------------------------------------------------- */
+
+static const char *dsa__pages_check_seq(const dsa_pages *p, int32_t seq)
+{
+    const dsa__pages_seq *s = &p->seqs[seq];
+    const int32_t *table = dsa__pages_table(p, seq);
+    int32_t b;
+    if (s->n_known < 0 || s->n_known > s->len || s->len > s->reserved || s->n_blocks > p->max_blocks ||
+        s->reserved > (int64_t)s->n_blocks * p->page_size || (int64_t)s->n_published * p->page_size > s->n_known)
+        return "pages: a sequence's lengths do not fit together";
+    for (b = 0; b < p->max_blocks; b++) {
+        if (b >= s->n_blocks ? table[b] != -1 : table[b] < 0 || table[b] >= p->n_pages) return "pages: a block table is wrong";
+        if (b < s->n_blocks) p->page[table[b]].seen++;
+        if (b < s->n_published && (p->page[table[b]].n_tokens != p->page_size || p->page[table[b]].parent != (b > 0 ? table[b - 1] : -1)))
+            return "pages: a published page is not in the index";
+    }
+    return NULL;
+}
+
+static const char *dsa__pages_check_tree(const dsa_pages *p, int32_t x)
+{
+    const dsa__page *page = &p->page[x], *parent = page->parent < 0 ? NULL : &p->page[page->parent];
+    int32_t first = parent ? parent->child : p->root;
+    if (page->n_tokens > p->page_size) return "pages: too many tokens in a page of the index";
+    if (parent && parent->n_tokens != p->page_size) return "pages: a page of the index lies behind one that is not full, or not in it";
+    if (parent && parent->refs < page->refs) return "pages: a page is held more often than the one before it";
+    if (page->prev < 0 ? first != x : p->page[page->prev].next != x || p->page[page->prev].parent != page->parent)
+        return "pages: a list of siblings is broken";
+    if (page->next >= 0 && p->page[page->next].prev != x) return "pages: a list of siblings is broken";
+    if (page->n_tokens == p->page_size && dsa__page_find(p, page->parent, dsa__page_tokens(p, x)) != x)
+        return "pages: a full page is not found by its tokens, or another one is";
+    if (page->n_tokens < p->page_size && page->child >= 0) return "pages: a page that is not full has a page behind it";
+    return NULL;
+}
+
+DSA_API dsa_status dsa_pages_check(const dsa_ctx *ctx, dsa_pages *p)
+{
+    const char *why = NULL;
+    int32_t i, x, n, held = 0, hashed = 0;
+    dsa_status st = dsa__ctx_check(ctx);
+    if (st != DSA_OK) return st;
+    if (!p) return dsa__fail(ctx, DSA_ERR_NULL, "pages is NULL");
+    for (i = 0; i < p->n_pages; i++) p->page[i].seen = 0;
+    for (i = n = 0; i < p->max_seqs && !why; i++)
+        if (p->seqs[i].open) { why = dsa__pages_check_seq(p, i); n++; }
+    if (!why && n != p->n_seqs) why = "pages: the number of open sequences is wrong";
+    for (x = p->free_seq; x >= 0 && !why; x = p->seqs[x].n_blocks, n++)
+        if (n >= p->max_seqs || p->seqs[x].open) why = "pages: the list of closed sequences is broken";
+    if (!why && n != p->max_seqs) why = "pages: a closed sequence is lost";
+    for (i = 0; i < p->n_pages && !why; i++) {
+        if (p->page[i].seen != p->page[i].refs) why = "pages: a page is not held as often as it says";
+        else if (p->page[i].n_tokens > 0) why = dsa__pages_check_tree(p, i);
+        held += p->page[i].refs > 0;
+        hashed += p->page[i].n_tokens == p->page_size;
+    }
+    for (i = 0; i < p->n_pages; i++) p->page[i].seen = 0;
+    for (x = p->free_page, n = 0; x >= 0 && !why; x = p->page[x].newer, n++)
+        if (n >= p->n_free || p->page[x].refs != 0 || p->page[x].n_tokens != 0 || p->page[x].seen++)
+            why = "pages: the list of free pages is broken";
+    if (!why && n != p->n_free) why = "pages: a free page is lost";
+    for (x = p->oldest, n = 0; x >= 0 && !why; x = p->page[x].newer, n++) {
+        const dsa__page *page = &p->page[x];
+        if (n >= p->n_cached || page->refs != 0 || page->n_tokens == 0 || (page->newer < 0 ? p->newest : p->page[page->newer].older) != x)
+            why = "pages: the list of cached pages is broken";
+        else if (page->parent >= 0 && p->page[page->parent].seen) why = "pages: a page would be evicted before those behind it";
+        p->page[x].seen = 1;
+    }
+    if (!why && (n != p->n_cached || held + p->n_free + p->n_cached != p->n_pages)) why = "pages: a page is lost";
+    for (i = n = 0; i < p->n_buckets && !why; i++)
+        for (x = p->bucket[i]; x >= 0 && n <= hashed; x = p->page[x].chain) n++;
+    if (!why && n != hashed) why = "pages: a list of the hash table is broken";
+    return why ? dsa__fail(ctx, DSA_ERR_DATA, why) : DSA_OK;
+}
+
+/* ============================================================================================
    >>end                                      of the implementation
    ============================================================================================ */
 #if defined(__clang__)
@@ -9368,7 +10120,7 @@ DSA_API dsa_status dsa_shard_to_local(const dsa_shard *shard, int64_t n, const i
    >>revisions                                what changed, and the licence
    ============================================================================================
    0.1.0  First version. Append, score, select, attend, step, layer and their backward passes on the CPU; f32, bf16, FP8 and int8
-          caches.
+          caches. Shards. Pages shared by sequences.
 */
 
 /*

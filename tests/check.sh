@@ -125,6 +125,12 @@ sanitized() {
         -fno-sanitize-recover=all && $OUT/test_asan
 }
 
+# A shorter run than -n 1000000, which takes a few minutes.
+soak() {
+    $CC -std=c99 -g -O1 -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all tests/soak_pages.c -lm -pthread \
+        -o $OUT/soak_pages && $OUT/soak_pages -n 40000
+}
+
 threads_sanitized() {
     build_tests $OUT/test_tsan $CC -g -O1 -fsanitize=thread && TSAN_OPTIONS=halt_on_error=1 $OUT/test_tsan -s threads
 }
@@ -300,6 +306,7 @@ lane_1() {
 lane_2() {
     step 'tests under ASan and UBSan' sanitized
     step 'threads under TSan' threads_sanitized
+    step 'soak the pages' soak
     needs aarch64-linux-gnu-gcc 'tests on AArch64' && needs qemu-aarch64 'tests on AArch64' &&
         step 'tests on AArch64 under qemu' on_aarch64
     if have i686-linux-gnu-gcc; then

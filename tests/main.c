@@ -14,6 +14,7 @@ SUITE_EXTERN(backward_suite);
 SUITE_EXTERN(threads_suite);
 SUITE_EXTERN(random_suite);
 SUITE_EXTERN(shards_suite);
+SUITE_EXTERN(pages_suite);
 SUITE_EXTERN(errors_suite);
 SUITE_EXTERN(device_suite);
 SUITE_EXTERN(golden_suite);
@@ -52,6 +53,7 @@ int main(int argc, char **argv)
     RUN_SUITE_PER_ISA(threads_suite);
     RUN_SUITE_PER_ISA(random_suite);
     RUN_SUITE_PER_ISA(shards_suite);
+    RUN_SUITE(pages_suite);
     RUN_SUITE(errors_suite);
     RUN_SUITE(device_suite);
     RUN_SUITE_PER_ISA(golden_suite);

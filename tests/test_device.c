@@ -1,7 +1,6 @@
 /* Calls on caches that live on a device, without one: a device made of host memory stands in. What it is asked to do it gives back to the
-   CPU
-   on caches that say so, so every result must have the CPU's bits; what it refuses must come out of the call. tests/test_cuda.c has the
-      real one. */
+   CPU on caches that say so, so every result must have the CPU's bits; what it refuses must come out of the call. tests/test_cuda.c has
+   the real one. */
 #include "fixture.h"
 
 typedef struct fake {
@@ -327,6 +326,12 @@ TEST refusals(void)
     back.attend.n_seqs = 1;
     back.attend.seqs = &seq;
     IS(DSA_ERR_UNSUPPORTED, dsa_attend_backward_workspace(&on, &back, &bytes));
+    dsa_pages_desc books;                                    /* they copy rows themselves */
+    memset(&books, 0, sizeof books);
+    books.n_planes = 1;
+    books.planes = &latent;
+    books.max_seqs = 1;
+    IS(DSA_ERR_UNSUPPORTED, dsa_pages_bytes(&on, &books, &bytes));
     dsa_cache_destroy(&latent);
     dsa_cache_destroy(&index);
     dsa_cache_destroy(&host_latent);

@@ -725,6 +725,17 @@ TEST a_layer(dsa_config c, dsa_layer_mode mode)
     OK(layer_backward(&m.b, &many, a));
     ASSERT(same_bits(dx, dx2, T * hid) && same_bits(kl, kl2, T) && !order.broken);
     for (int i = 0; i < n_weights; i++) ASSERT(same_bits(all[i], all2[i], weight_size(&c, i)));
+    dsa_pool *pool;
+    OK(dsa_pool_create(NULL, 2, &pool));
+    many.config.n_threads = 2;
+    many.config.parallel_for = dsa_pool_run;
+    many.config.parallel_user = pool;
+    memset(dx2, 0, (size_t)(T * hid) * 4);
+    grads2 = grads_of(&m.b, &c, all2);
+    OK(layer_backward(&m.b, &many, a));
+    dsa_pool_destroy(pool);
+    ASSERT(same_bits(dx, dx2, T * hid) && same_bits(kl, kl2, T));
+    for (int i = 0; i < n_weights; i++) ASSERT(same_bits(all[i], all2[i], weight_size(&c, i)));
     grads2 = grads_of(&m.b, &c, all2);
     a.d_y = NULL;                                        /* the warm-up */
     a.d_x = NULL;

@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""Draws the CSV of `build/bench --sweep FILE`: how one layer's cost grows with the context, dense beside DSA.
+"""Draws what the tools have measured; the picture's name defaults to the file's with .png.
 
-    plot.py build/sweep.csv [build/sweep.png]     the picture's name defaults to the CSV's with .png
+    plot.py build/sweep.csv [PICTURE]      of `build/bench --sweep FILE`: one layer's cost over the context, dense beside DSA
+    plot.py build/quality.json [PICTURE]   of `build/quality --json`: what the selected rows keep, and what the model loses
+    plot.py build/recall.csv [PICTURE]     of `build/train_dsa --log FILE`: loss and KL over the steps
 
-Prints where DSA overtakes dense and how far it gets ahead. Without matplotlib it prints only that, says so, and leaves
-the CSV as it is. Exit status: 0 success, 2 bad usage or bad input.
+Prints the figures that the picture is about. Without matplotlib it prints only those, says so, and leaves the file as it
+is. Exit status: 0 success, 2 bad usage or bad input.
 """
 import csv
+import json
 import os
 import sys
 
@@ -80,6 +83,76 @@ def draw(plt, title, curves, queries, path):
     figure.savefig(path, dpi=150)
 
 
+def tell_quality(data):
+    for budget in sorted({row["budget"] for row in data["layers"]}):
+        rows = [row for row in data["layers"] if row["budget"] == budget]
+        means = {key: sum(row[key] for row in rows) / len(rows) for key in ("mass", "window", "best", "recall", "error")}
+        print(f"budget {budget:4}: " + ", ".join(f"{key} {mean:.3f}" for key, mean in means.items()))
+    for row in data.get("retrieval", []):
+        print(f"{row['attention']:6} {row['budget']:5}: {100 * row['accuracy']:.1f} % right, {row['bits_per_byte']:.4f} bits per byte")
+
+
+def draw_quality(plt, data, path):
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.5))
+    layers, budgets = sorted({row["layer"] for row in data["layers"]}), sorted({row["budget"] for row in data["layers"]})
+    for layer in layers:
+        colour = f"C{layer % 10}"
+        for key, style in (("mass", "-"), ("window", ":"), ("best", "--")):
+            points = []
+            for budget in budgets:
+                rows = [row[key] for row in data["layers"] if row["layer"] == layer and row["budget"] == budget]
+                points.append(sum(rows) / len(rows))
+            marker, label = ("o", f"layer {layer}") if key == "mass" else (None, None)
+            axes[0].plot(budgets, points, style, color=colour, marker=marker, markersize=4, label=label)
+    axes[0].set_title("captured mass: selected (line), best (dashed), window (dotted)")
+    modes = {}
+    for row in data.get("retrieval", []):
+        modes.setdefault(row["attention"], []).append(row)
+    for axis, key, title in ((axes[1], "accuracy", "answers right"), (axes[2], "bits_per_byte", "bits per byte")):
+        for mode, colour in (("dsa", "tab:blue"), ("window", "tab:orange")):
+            rows = modes.get(mode, [])
+            axis.plot([row["budget"] for row in rows], [row[key] for row in rows], marker="o", markersize=4, color=colour, label=mode)
+        for row in modes.get("dense", []):
+            axis.axhline(row[key], color="tab:gray", linewidth=1, label="dense")
+        axis.set_title(title)
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(budgets, budgets)
+        axis.set_xlabel("rows kept")
+        axis.grid(True, alpha=0.3)
+        axis.legend()
+    figure.suptitle(f"context {data['context']}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def read_training(path):
+    """{stage: [(step, loss, kl)]} in the order of the run; a step that a resumed run did again counts once."""
+    stages = {}
+    with open(path, newline="") as f:
+        for row in csv.DictReader(f):
+            stages.setdefault(row["stage"], {})[int(row["step"])] = (float(row["loss"]), float(row["kl"]))
+    return {stage: [(step, *values) for step, values in sorted(rows.items())] for stage, rows in stages.items()}
+
+
+def draw_training(plt, stages, path):
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
+    before = 0
+    for stage, rows in stages.items():
+        steps = [before + row[0] for row in rows]
+        axes[0].plot(steps, [row[1] for row in rows], label=stage)
+        if stage != "dense":
+            axes[1].plot(steps, [row[2] for row in rows], label=stage)
+        before += rows[-1][0] + 1
+    for axis, title in zip(axes, ("language-model loss, nats", "KL of the indexer, nats a row")):
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(True, alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
 def main():
     if not 2 <= len(sys.argv) <= 3 or sys.argv[1].startswith("-"):
         print(__doc__, file=sys.stderr if len(sys.argv) < 2 or sys.argv[1] != "--help" else sys.stdout)
@@ -87,15 +160,28 @@ def main():
     source = sys.argv[1]
     target = sys.argv[2] if len(sys.argv) == 3 else os.path.splitext(source)[0] + ".png"
     try:
-        title, curves, queries = read(source)
-    except (OSError, KeyError, ValueError) as error:
+        with open(source, encoding="utf-8") as f:
+            start = f.read(11)
+        if start.startswith("{"):
+            with open(source, encoding="utf-8") as f:
+                data = json.load(f)
+            tell_quality(data)
+            picture = lambda plt: draw_quality(plt, data, target)
+        elif start.startswith("stage,step,"):
+            stages = read_training(source)
+            for stage, rows in stages.items():
+                print(f"{stage}: {len(rows)} steps, loss {rows[0][1]:.4f} to {rows[-1][1]:.4f}, KL {rows[0][2]:.4f} to {rows[-1][2]:.4f}")
+            picture = lambda plt: draw_training(plt, stages, target)
+        else:
+            title, curves, queries = read(source)
+            if not curves:
+                raise ValueError("no rows")
+            for phase, modes in curves.items():
+                print(tell(phase, modes))
+            picture = lambda plt: draw(plt, title, curves, queries, target)
+    except (OSError, KeyError, ValueError, TypeError) as error:
         print(f"plot.py: {source}: {error}", file=sys.stderr)
         return 2
-    if not curves:
-        print(f"plot.py: {source} has no rows", file=sys.stderr)
-        return 2
-    for phase, modes in curves.items():
-        print(tell(phase, modes))
     try:
         import matplotlib
     except ImportError:
@@ -103,7 +189,7 @@ def main():
         return 0
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    draw(plt, title, curves, queries, target)
+    picture(plt)
     print(f"picture: {target}")
     return 0
 

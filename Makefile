@@ -25,7 +25,7 @@ CUDA_CFLAGS_1 = -DDSA_CUDA -isystem $(CUDA_ROOT)/include
 CUDA_LIBS_1 = $(CUDA_LINK)
 
 BUILD = $(CC) $(CFLAGS) $(WARN)
-TOOLS = build/conformance build/generate build/needle build/demo build/bench
+TOOLS = build/conformance build/generate build/needle build/demo build/bench build/quality
 EXAMPLES = build/01_quick_start build/02_paged_attention build/03_decode_step build/04_layer build/05_sharded_attention
 TEST_OBJECTS = build/impl.o build/main.o $(patsubst tests/%.c,build/%.o,$(filter-out %/test_cuda.c,$(sort $(wildcard tests/test_*.c))))
 TEST_HEADERS = dsa.h tests/harness.h tests/brute.h tests/fixture.h tests/ref_layer.h examples/safetensors.h
@@ -33,8 +33,9 @@ TOOL_HEADERS = dsa.h tools/engine.h tools/needle.h tools/blis.h tools/conformanc
 	tools/conformance_layers.h tools/conformance_report.h tools/bench.h tools/bench_data.h tools/device.h tools/bench_cuda.h examples/safetensors.h
 
 help:
-	@echo 'make tools        build/conformance build/generate build/needle build/demo build/bench'
+	@echo 'make tools        build/conformance build/generate build/needle build/demo build/bench build/quality'
 	@echo 'make demo         a trained model finds facts in a long text (under 3 minutes)'
+	@echo 'make train        train a small DSA model from nothing (about 15 minutes): build/recall'
 	@echo 'make test         build and run the test suite (under 5 minutes)'
 	@echo 'make check        compile matrix, sanitizers, qemu, fuzzing, examples, conformance (about 8 minutes)'
 	@echo 'make bench        time the library beside what this machine can do (2 minutes)'
@@ -52,6 +53,10 @@ tools: $(TOOLS)
 
 demo: build/demo
 	build/demo $(if $(CUDA),--cuda auto)
+
+# Stopped by Ctrl-C, it goes on at the next make train; rm -r build/recall begins anew.
+train: build/train_dsa
+	build/train_dsa --out build/recall --log build/recall.csv `test ! -f build/recall/state.safetensors || echo --resume`
 
 test: build/test
 	build/test
@@ -115,7 +120,10 @@ $(TEST_OBJECTS): build/%.o: tests/%.c $(TEST_HEADERS) build/flags
 $(TOOLS): build/%: tools/%.c $(TOOL_HEADERS) build/flags $(CUDA_OBJECT_$(CUDA))
 	$(BUILD) $(BLIS_CFLAGS) $(CUDA_CFLAGS_$(CUDA)) -DDSA_BUILD='"$(BUILD)"' -o $@ $< $(BLIS_LIBS) $(CUDA_LIBS_$(CUDA)) $(LIBS)
 
+build/train_dsa: examples/train_dsa.c $(TOOL_HEADERS) build/flags
+	$(BUILD) -o $@ $< $(LIBS)
+
 $(EXAMPLES): build/%: examples/%.c dsa.h examples/safetensors.h build/flags
 	$(BUILD) -o $@ $< $(LIBS)
 
-.PHONY: help tools demo test check bench bench-sweep bench-peers examples mpi conformance cuda test-cuda clean always
+.PHONY: help tools demo train test check bench bench-sweep bench-peers examples mpi conformance cuda test-cuda clean always

@@ -66,7 +66,8 @@
    MEMORY, ERRORS, OPTIONS, CONVENTIONS, PEERS, LIMITS, SOURCES.
 
    WHAT IT DOES NOT DO
-     No model: no files, tokens, embeddings, MLP or experts, no residual; the layer ends at o_proj. Backward passes, but no optimiser.
+     No model: no files, tokens, embeddings, MLP or experts, no residual; the layer ends at o_proj. Backward passes, but no optimiser:
+     examples/train_dsa.c has one.
      On GPUs: no projections, no backward, NVIDIA only. DeepSeek-V4's compressed caches (584-byte rows, FP4 keys) are not there.
      No eviction from the front of a cache, no rings. It never allocates behind your back,
      prints, exits, or keeps global state.
@@ -241,6 +242,7 @@
          dsa_layer_backward_args back = { .layer = forward, .d_y = d_y, .d_x = d_x, .grads = &grads, .index_weight = 1.0f / rows };
          back.layer.indices_in = lists;  back.layer.indices_out = NULL; // and this call's own workspace
          dsa_layer_backward(&ctx, &back);
+     examples/train_dsa.c trains a model from nothing by these calls: all three stages, the optimiser, files that resume exactly.
      Every d_ array is added to: clear it first. Train over F32 caches; over rounded ones the gradient is that of the f32 formula at the
      rounded rows. No number of threads changes a bit; sums over queries (rows, weights, sinks) may move in the last bits with the batch.
      Workspaces: dsa_attend_backward's does not depend on lengths; the indexer's and the layer's grow with the longest sequence. Held

@@ -132,7 +132,8 @@ soak() {
 }
 
 threads_sanitized() {
-    build_tests $OUT/test_tsan $CC -g -O1 -fsanitize=thread && TSAN_OPTIONS=halt_on_error=1 $OUT/test_tsan -s threads
+    build_tests $OUT/test_tsan $CC -g -O1 -fsanitize=thread && TSAN_OPTIONS=halt_on_error=1 $OUT/test_tsan -s threads &&
+    TSAN_OPTIONS=halt_on_error=1 $OUT/test_tsan -s backward -t layer
 }
 
 # A 32-bit size_t finds sizes kept in too narrow or too wide a type.
@@ -233,7 +234,7 @@ exits() {
 # Statuses of the tools, and what they say of broken files. tests/fuzz_loader.c has the hostile ones.
 statuses() {
     rm -rf $OUT/model && mkdir -p $OUT/model && cp examples/tiny-dsa/config.json $OUT/model
-    for tool in conformance generate needle demo; do
+    for tool in conformance generate needle demo quality; do
         exits 0 build/$tool --help && culprit=--nonsense exits 2 build/$tool --nonsense 1 || return 1
         ! build/$tool --help >/dev/full 2>/dev/null || { echo "$tool does not notice that its output is lost"; return 1; }
     done
@@ -247,6 +248,63 @@ statuses() {
     sed 's/"deepseek_v32"/"llama"/' examples/tiny-dsa/config.json > $OUT/model/config.json
     culprit=unsupported exits 2 build/needle $OUT/model --text examples/kjv-heldout.txt --context 512 &&
     culprit=unsupported exits 2 build/conformance examples/tiny-dsa/model.safetensors
+}
+
+# The tensors of two models that differ, by name: what a stage has trained.
+differing() {
+    python3 - $1/model.safetensors $2/model.safetensors <<'END'
+import json, struct, sys
+def tensors(path):
+    data = open(path, 'rb').read()
+    n = struct.unpack('<Q', data[:8])[0]
+    header = json.loads(data[8:8 + n])
+    return {k: data[8 + n + v['data_offsets'][0]:8 + n + v['data_offsets'][1]] for k, v in header.items() if k != '__metadata__'}
+a, b = map(tensors, sys.argv[1:])
+assert a.keys() == b.keys()
+print('\n'.join(sorted(k for k in a if a[k] != b[k])))
+END
+}
+
+# A few steps of each stage under sanitizers: the same bits whether it was stopped or not and whatever the threads; the warm-up trains all
+# of the indexers and nothing else, the dense stage all but them, the sparse stage everything; the result loads; what is broken or occupied
+# is refused; where nothing can be written, and when it is killed while it saves, what was there before stays whole.
+trains() {
+    rm -rf $OUT/run && mkdir -p $OUT/run &&
+    $CC -std=c99 -g -O1 $STRICT -fsanitize=address,undefined -fno-sanitize-recover=all examples/train_dsa.c -lm -pthread \
+        -o $OUT/train || return 1
+    train="$OUT/train --eval 0 --out $OUT/run"
+    small='--context 64 --batch 256 --topk 8'
+    $train/whole --threads 1 --steps 4,3,3 --eval 2 $small && $train/none --steps 0,0,0 $small &&
+    exits 1 $train/parts --threads 2 --stop 3 --steps 4,3,3 $small &&
+    exits 1 $train/parts --resume --stop 5 --log $OUT/run/log.csv || return 1
+    # a disk that is full: status 2, the old files, no rest of new ones; and then a run that is killed again and again while it saves
+    cp -r $OUT/run/parts $OUT/run/kept &&
+    (trap '' XFSZ && ulimit -f 100 && culprit='still whole' exits 2 $train/parts --resume) &&
+    diff -r $OUT/run/parts $OUT/run/kept || return 1
+    for delay in 0.31 0.43 0.55; do
+        timeout -s KILL $delay $train/kept --resume --save 0 >/dev/null 2>&1
+        build/generate $OUT/run/kept --prompt abc --tokens 1 >/dev/null || { echo 'a killed run left a broken model'; return 1; }
+    done
+    for run in parts kept; do
+        $train/$run --resume --threads 3 && cmp $OUT/run/whole/state.safetensors $OUT/run/$run/state.safetensors &&
+        cmp $OUT/run/whole/model.safetensors $OUT/run/$run/model.safetensors || return 1
+    done
+    # who learns when
+    $train/dense --steps 4,0,0 $small && $train/warm --steps 4,3,0 $small || return 1
+    all=$(differing $OUT/run/none $OUT/run/whole) && dense=$(differing $OUT/run/none $OUT/run/dense) &&
+    warm=$(differing $OUT/run/dense $OUT/run/warm) || return 1
+    [ "$(echo "$all" | wc -l)" = 37 ] && [ "$dense" = "$(echo "$all" | grep -v indexer)" ] &&
+        [ "$warm" = "$(echo "$all" | grep indexer)" ] ||
+        { echo "a stage trains what it should not, or not all that it should:"; echo "dense: $dense"; echo "warm-up: $warm"; return 1; }
+    $train/text --text examples/kjv-heldout.txt --model examples/tiny-dsa --reset-indexer --steps 0,1,1 --context 256 --batch 256 &&
+    build/generate $OUT/run/text --prompt abc --tokens 3 >/dev/null || return 1
+    # refused: another folder's model, another run, other text, broken states
+    culprit='is there already' exits 2 $train/whole $small && culprit=--topk exits 2 $train/whole --resume --topk 4 &&
+    culprit='needed again' exits 2 $train/text --resume && culprit='another text' exits 2 $train/text --resume --text README.md || return 1
+    head -c 100000 $OUT/run/whole/state.safetensors > $OUT/run/parts/state.safetensors
+    culprit=truncated exits 2 $train/parts --resume &&
+    cp $OUT/run/whole/model.safetensors $OUT/run/parts/state.safetensors && culprit='no state' exits 2 $train/parts --resume &&
+    culprit=--nonsense exits 2 $OUT/train --nonsense 1 && culprit=--out exits 2 $OUT/train && exits 0 $OUT/train --help
 }
 
 sections() {
@@ -305,6 +363,7 @@ lane_1() {
 
 lane_2() {
     step 'tests under ASan and UBSan' sanitized
+    needs python3 'train_dsa under ASan and UBSan' && step 'train_dsa under ASan and UBSan' trains
     step 'threads under TSan' threads_sanitized
     step 'soak the pages' soak
     needs aarch64-linux-gnu-gcc 'tests on AArch64' && needs qemu-aarch64 'tests on AArch64' &&

@@ -45,8 +45,10 @@ static inline void grow_cache(const dsa_ctx *ctx, dsa_cache *c, int64_t len)
     float *x = (float *)take((size_t)width, sizeof *x);
     while (c->len < len) {
         rng r = { (uint64_t)c->len * 31 + 77 };
-        dsa_seq seq = { c->kind == DSA_LATENT ? c : NULL, c->kind == DSA_INDEX_KEY ? c : NULL, 0, 1 };
-        dsa_append_args args = { 1, &seq, c->kind == DSA_LATENT ? x : NULL, c->kind == DSA_INDEX_KEY ? x : NULL, NULL };
+        dsa_seq seq = { .latent = c->kind == DSA_LATENT ? c : NULL, .index = c->kind == DSA_INDEX_KEY ? c : NULL, .n_q = 1 };
+        dsa_append_args args = { .n_seqs = 1, .seqs = &seq };
+        if (c->kind == DSA_LATENT) args.latent = x;
+        else args.index_key = x;
         random_normals(&r, x, width, 1.0f);
         must(ctx, dsa_append(ctx, &args), "dsa_append");
     }

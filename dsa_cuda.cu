@@ -316,8 +316,13 @@ static __device__ __forceinline__ float dsa__cu_round_row(int32_t format, int32_
    ============================================================================================ */
 
 /* Rows for one cache. slots: physical places; NULL: the last positions below each sequence's length. */
-typedef struct dsa__cu_append { dsa__cu_pool pool; const void *rows; const int64_t *slots; int32_t index_key, bf16; int64_t n;
-    } dsa__cu_append;
+typedef struct dsa__cu_append {
+    dsa__cu_pool pool;
+    const void *rows;
+    const int64_t *slots;
+    int32_t index_key, bf16;
+    int64_t n;
+} dsa__cu_append;
 
 /* dsa__cu_round_row for 128 channels in FP8 or INT8 by one warp, four channels a lane: butterflies at strides 1 and 2 within the lane, at
    4 .. 64 between lanes, the lower one of a pair adding and the upper one subtracting. *code: the lane's four bytes. */
@@ -484,8 +489,7 @@ static __device__ __forceinline__ int32_t dsa__cu_range(const dsa__cu_ranges &r,
 }
 
 /* What the faster kernels want to know of a row instead of asking themselves. lo, hi: its range within n_cols and within its table; end:
-   hi,
-   or lo where nothing need be scored because at most `skip` keys are seen. */
+   hi, or lo where nothing need be scored because at most `skip` keys are seen. */
 /* [rows of a tile]; lo NULL: none are wanted */
 typedef struct dsa__cu_bounds { int32_t *lo, *hi, *end, *seq; int64_t skip, n_cols; } dsa__cu_bounds;
 
@@ -526,16 +530,15 @@ static __device__ __forceinline__ void dsa__cu_query_head(const dsa__cu_queries 
         if (threadIdx.x == 0) Q.v[at] = Q.w[at];
         return;
     }
-    for (int32_t i = (int32_t)threadIdx.x; i < D; i += (int32_t)blockDim.x) head[i] = dsa__cu_operand(Q.q, Q.q_type == DSA_BF16,
-        at * D + i);
+    for (int32_t i = (int32_t)threadIdx.x; i < D; i += (int32_t)blockDim.x)
+        head[i] = dsa__cu_operand(Q.q, Q.q_type == DSA_BF16, at * D + i);
     __syncthreads();
     s = dsa__cu_round_row(Q.format, Q.hadamard, D, head, Q.x + at * D * bytes, shared);
     if (threadIdx.x == 0) Q.v[at] = __fmul_rn(Q.w[at], s);
 }
 
 /* The same operations for a head of 128 channels over planar keys by one warp, four channels a lane: butterflies at strides 1 and 2 within
-   the
-   lane, at 4 .. 64 between lanes, the lower one of a pair adding and the upper one subtracting. */
+   the lane, at 4 .. 64 between lanes, the lower one of a pair adding and the upper one subtracting. */
 static __device__ __forceinline__ void dsa__cu_query_head_128(const dsa__cu_queries &Q, int64_t at)
 {
     const int32_t lane = threadIdx.x & 31;
@@ -554,8 +557,7 @@ typedef struct dsa__cu_convert { const float *q; __nv_bfloat16 *to; int64_t n; }
 
 /* All that comes before scoring, in one launch: a block stores a row, rounds a head, or converts 1024 elements. */
 static __global__ void __launch_bounds__(128) dsa__cu_begin(dsa__cu_batch b, dsa__cu_append latent, dsa__cu_append index,
-    dsa__cu_queries queries,
-                                                            dsa__cu_convert convert)
+    dsa__cu_queries queries, dsa__cu_convert convert)
 {
     __shared__ float x[DSA_MAX_DIM_INDEX];
     __shared__ uint32_t shared[32];
@@ -596,9 +598,7 @@ static __global__ void __launch_bounds__(256) dsa__cu_fill(float *I, int64_t ldi
    they are left alone). Rows that see at most `skip` keys are left alone. A page that the table does not have: -inf. */
 template <int FORMAT>
 static __global__ void __launch_bounds__(256) dsa__cu_score_reference(dsa__cu_pool p, dsa__cu_ranges ranges, int32_t n_heads,
-    const unsigned char *x,
-                                                                      const float *v, float *I, int64_t ldi, int64_t row0, int64_t n_cols,
-                                                                      int32_t fill, int64_t skip)
+    const unsigned char *x, const float *v, float *I, int64_t ldi, int64_t row0, int64_t n_cols, int32_t fill, int64_t skip)
 {
     __shared__ float k[DSA__CU_TILE][DSA__CU_CHUNK_D + 1], q[8][DSA__CU_CHUNK_D], part[8][DSA__CU_TILE];
     __shared__ const unsigned char *rows[DSA__CU_TILE];
@@ -625,8 +625,8 @@ static __global__ void __launch_bounds__(256) dsa__cu_score_reference(dsa__cu_po
                     k[i / n][i % n] = rows[i / n] ? dsa__cu_key_value(FORMAT, rows[i / n], d0 + i % n) : 0.0f;
             for (i = (int32_t)threadIdx.x; i < 8 * n; i += 256) {
                 int32_t h = h0 + i / n;
-                q[i / n][i % n] = h < n_heads ? dsa__cu_key_value(FORMAT, x + ((size_t)(row - row0) * n_heads + h) * D * bytes,
-                    d0 + i % n) : 0.0f;
+                const unsigned char *head = x + ((size_t)(row - row0) * n_heads + h) * D * bytes;
+                q[i / n][i % n] = h < n_heads ? dsa__cu_key_value(FORMAT, head, d0 + i % n) : 0.0f;
             }
             __syncthreads();
             for (i = 0; i < n; i++) dot = __fadd_rn(dot, __fmul_rn(k[lane][i], q[warp][i]));
@@ -752,12 +752,18 @@ template <int FORMAT> __device__ __forceinline__ float dsa__cu_index_value(const
     return (float) ((const signed char *) p)[i];
 }
 
+/* d [16 keys, 8 heads] += a [16, 16] b [16, 8]. Not volatile: the compiler may order them. */
+static __device__ __forceinline__ void dsa__cu_index_product(float *d, const uint32_t *a, uint32_t b0, uint32_t b1)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 #define DSA__CU_INDEX_THREADS 128
 
 /* A warp takes 32 keys as the A operand, straight from memory: lane c of a quad loads elements [c D/4, (c + 1) D/4) of its rows. That
-   permutes the sum over d, which is free as
-   long as the queries (B, in shared memory as fragments) are permuted alike. ReLU, weights and the sum over heads stay in registers; the
-      quad is summed last. */
+   permutes the sum over d, which is free as long as the queries (B, in shared memory as fragments) are permuted alike. ReLU, weights and
+   the sum over heads stay in registers; the quad is summed last. */
 template <int FORMAT, int D>
 __global__ void __launch_bounds__(DSA__CU_INDEX_THREADS, 4) dsa__cu_index_mma(dsa__cu_index_args a)
 {
@@ -841,12 +847,8 @@ __global__ void __launch_bounds__(DSA__CU_INDEX_THREADS, 4) dsa__cu_index_mma(ds
                     for (int m = 0; m < 2; m++) {
                         float *d = acc[m];
                         uint32_t *x = A[m][2 * j], *y = A[m][2 * j + 1];
-                        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(v.x),
-                                "r"(v.y));
-                        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(y[0]), "r"(y[1]), "r"(y[2]), "r"(y[3]), "r"(v.z),
-                                "r"(v.w));
+                        dsa__cu_index_product(d, x, v.x, v.y);
+                        dsa__cu_index_product(d, y, v.z, v.w);
                     }
                 }
                 const float2 u = *(const float2 *) &w[r * 8 * tiles + 8 * tile + 2 * c];
@@ -888,20 +890,15 @@ template <int N> struct dsa__cu_hopper_shape { static constexpr int stages = N >
 __device__ __forceinline__ void dsa__cu_mbar_wait(uint32_t bar, uint32_t phase)
 {
     uint32_t ok = 0;
-#ifdef DSA__CU_BOUNDED
-    uint32_t spin = 0;
-#endif
-    while (!ok) {
+    while (!ok)
         asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(ok)
             : "r"(bar), "r"(phase) : "memory");
-#ifdef DSA__CU_BOUNDED
-        if (++spin > 2000000) __trap();
-#endif
-    }
 }
 
-__device__ __forceinline__ void dsa__cu_mbar_arrive(uint32_t bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar)
-    : "memory"); }
+__device__ __forceinline__ void dsa__cu_mbar_arrive(uint32_t bar)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory");
+}
 
 /* A K-major tile with rows of 128 bytes in the 128-byte swizzle: 8 rows are 1024 bytes. */
 __device__ __forceinline__ uint64_t dsa__cu_wgmma_desc(uint32_t smem)
@@ -1130,10 +1127,10 @@ static inline cudaError_t dsa__cu_index_init(bool hopper)
 static inline bool dsa__cu_index_takes(const dsa__cu_pool &p, int32_t heads)
 {
     const int64_t bytes = p.dim * (p.format == DSA_BF16 ? 2 : 1);
-    return p.format != DSA_F32 && (p.dim == 32 || p.dim == 64 || p.dim == 128) &&
-       (heads + 7) / 8 * 8 * (p.dim * 2 + 4) <= DSA__CU_INDEX_SHARED &&
-           p.row_stride == (size_t) bytes && ((uintptr_t) p.data & 15) == 0 && (p.page_stride % 16 == 0 || p.n_pages <= 1) &&
-           (!p.planar || (((uintptr_t) p.scales & 3) == 0 && (p.scale_page_stride % 4 == 0 || p.n_pages <= 1)));
+    if (p.format == DSA_F32 || (p.dim != 32 && p.dim != 64 && p.dim != 128) || p.row_stride != (size_t) bytes) return false;
+    if ((heads + 7) / 8 * 8 * (p.dim * 2 + 4) > DSA__CU_INDEX_SHARED) return false;
+    if (((uintptr_t) p.data & 15) != 0 || (p.page_stride % 16 != 0 && p.n_pages > 1)) return false;
+    return !p.planar || (((uintptr_t) p.scales & 3) == 0 && (p.scale_page_stride % 4 == 0 || p.n_pages <= 1));
 }
 
 /* Fills in block_rows, chunk, chunks, page_shift of `a` and scores. hopper: the device has compute capability 9.0 (false forces the
@@ -1167,28 +1164,20 @@ static inline cudaError_t dsa__cu_index_launch(cudaStream_t stream, const dsa__c
     void *args[1] = { &a };
     cudaError_t err;
     if (fast) {
-        if (a.heads <= 64) {
-            if (most == 4)      err = dsa__cu_launch(dsa__cu_index_hopper<64, 4>, dim3(grid), 384, dsa__cu_hopper_bytes<256>(), stream,
-                g->overlap, 1, args);
-            else if (most == 2) err = dsa__cu_launch(dsa__cu_index_hopper<64, 2>, dim3(grid), 384, dsa__cu_hopper_bytes<128>(), stream,
-                g->overlap, 1, args);
-            else                err = dsa__cu_launch(dsa__cu_index_hopper<64, 1>, dim3(grid), 384, dsa__cu_hopper_bytes<64>(), stream,
-                g->overlap, 1, args);
-        } else {
-            if (most == 2)      err = dsa__cu_launch(dsa__cu_index_hopper<128, 2>, dim3(grid), 384, dsa__cu_hopper_bytes<256>(), stream,
-                g->overlap, 1, args);
-            else                err = dsa__cu_launch(dsa__cu_index_hopper<128, 1>, dim3(grid), 384, dsa__cu_hopper_bytes<128>(), stream,
-                g->overlap, 1, args);
-        }
+#define DSA__CU_GO(HP, ROWS) dsa__cu_launch(dsa__cu_index_hopper<HP, ROWS>, dim3(grid), 384, \
+        dsa__cu_hopper_bytes<HP * ROWS>(), stream, g->overlap, 1, args)
+        if (a.heads <= 64) err = most == 4 ? DSA__CU_GO(64, 4) : most == 2 ? DSA__CU_GO(64, 2) : DSA__CU_GO(64, 1);
+        else err = most == 2 ? DSA__CU_GO(128, 2) : DSA__CU_GO(128, 1);
+#undef DSA__CU_GO
     } else {
         const size_t shared = (size_t) most * tiles * 8 * (a.dim * 2 + 4);
-#define DSA__CU_GO(F) (a.dim == 128 ? dsa__cu_launch(dsa__cu_index_mma<F, 128>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, g->overlap, 1, args) \
-                     : a.dim == 64 ? dsa__cu_launch(dsa__cu_index_mma<F, 64>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, g->overlap, 1, args) \
-                     : dsa__cu_launch(dsa__cu_index_mma<F, 32>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, g->overlap, 1, args))
+#define DSA__CU_GO2(F, D) dsa__cu_launch(dsa__cu_index_mma<F, D>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, g->overlap, 1, args)
+#define DSA__CU_GO(F) (a.dim == 128 ? DSA__CU_GO2(F, 128) : a.dim == 64 ? DSA__CU_GO2(F, 64) : DSA__CU_GO2(F, 32))
         if (a.format == DSA_FP8) err = DSA__CU_GO(DSA_FP8);
         else if (a.format == DSA_INT8) err = DSA__CU_GO(DSA_INT8);
         else err = DSA__CU_GO(DSA_BF16);
 #undef DSA__CU_GO
+#undef DSA__CU_GO2
     }
     return err;
 }
@@ -1234,8 +1223,7 @@ static __device__ void dsa__cu_sort(uint64_t *a, int64_t n)
 /* One block selects from one row of stored scores: the k-th largest key by four passes over its bytes, then the columns above it and the
    first ones equal to it, in order. Counters are integers, so their order does not matter. */
 static __global__ void __launch_bounds__(1024) dsa__cu_select_reference(dsa__cu_ranges ranges, const float *scores, int64_t ld,
-    int64_t row0,
-                                                                        dsa__cu_selection sel)
+    int64_t row0, dsa__cu_selection sel)
 {
     __shared__ uint32_t bins[256], warps[32], chosen, left;
     __shared__ uint64_t pairs[DSA__CU_SORT];
@@ -1322,7 +1310,8 @@ typedef unsigned long long dsa__u64;
 #define DSA__CU_TOPK_SAMPLE (4096 / DSA__CU_TOPK_THREADS)
 #define DSA__CU_TOPK_WINDOW  (512 * 1024)   /* positions of one bitmap in shared memory: 64 KB */
 #define DSA__CU_TOPK_CAP     12288          /* most candidates: 96 KB */
-#define DSA__CU_TOPK_SHARED  (DSA__CU_TOPK_CAP * 8 + DSA__CU_TOPK_WINDOW / 8 + 2 * 2048 * 4)     /* half of it where a block may not have all */
+/* half of it where a block may not have all */
+#define DSA__CU_TOPK_SHARED  (DSA__CU_TOPK_CAP * 8 + DSA__CU_TOPK_WINDOW / 8 + 2 * 2048 * 4)
 #define DSA__CU_TOPK_RANKED  8192           /* most that are sorted by rank: 64 KB */
 
 struct dsa__cu_topk_args {
@@ -1379,9 +1368,8 @@ __device__ __forceinline__ void dsa__cu_count(uint32_t *hist, uint32_t digit, bo
 }
 
 /* The rank-th largest (from 1) of the c that `each` visits, or rather the smallest cut with count(c >= cut) >= rank whose low bits are not
-   yet needed: digits of 11
-   bits from bit top down, and no further once a whole bin is taken. passes < 6 stops early with a cut that is too low. 0 and *found < rank
-      if there are fewer than rank. */
+   yet needed: digits of 11 bits from bit top down, and no further once a whole bin is taken. passes < 6 stops early with a cut that is too
+   low. 0 and *found < rank if there are fewer than rank. */
 template <class Each>
 __device__ dsa__u64 dsa__cu_cut(Each each, uint32_t rank, int top, int passes, uint32_t *hist, uint32_t *sums,
     uint32_t *bin /* 3 shared words */)
@@ -1454,11 +1442,9 @@ __device__ void dsa__cu_emit(Fill fill, int32_t lo, int32_t hi, int32_t window, 
         if (scores) scores[i] = -INFINITY; }
 }
 
-/* One row, cut over `splits` blocks. 1. A sample gives a threshold that some more than k scores should pass (rank + 4 sigma). 2. Each
-   block lists what passes in its part.
-   3. The last block finds the exact cut among the candidates. Where the sample misled (too few, too many),
-      that block counts digits over the whole row instead: at most six
-   readings, whatever the scores. */
+/* One row, cut over `splits` blocks. 1. A sample gives a threshold that some more than k scores should pass (rank + 4 sigma). 2. Each block
+   lists what passes in its part. 3. The last block finds the exact cut among the candidates. Where the sample misled (too few, too many),
+   that block counts digits over the whole row instead: at most six readings, whatever the scores. */
 __global__ void __launch_bounds__(DSA__CU_TOPK_THREADS, 1024 / DSA__CU_TOPK_THREADS) dsa__cu_topk(dsa__cu_topk_args a)
 {
     extern __shared__ dsa__u64 dsa__cu_topk_shared[];
@@ -1496,8 +1482,8 @@ __global__ void __launch_bounds__(DSA__CU_TOPK_THREADS, 1024 / DSA__CU_TOPK_THRE
             x[i] = j < (uint32_t) a.sample ? I[lo + min((int32_t) ((j + hash * (1.0f / 16777216.0f)) * step), n - 1)] : -INFINITY;
         }
         /* Scores crowd into few digits, and crowded digits are slow atomics. The least of the maxima of small groups lies a little under
-           the threshold (in a group of s of
-           m samples: at about the fraction ln(m / s) / s from the top); above it few samples remain, and their own range spreads them. */
+           the threshold (in a group of s of m samples: at about the fraction ln(m / s) / s from the top); above it few samples remain, and
+           their own range spreads them. */
         uint32_t most = 0;
 #pragma unroll
         for (int i = 0; i < DSA__CU_TOPK_SAMPLE; i++) most = max(most, dsa__cu_key(x[i]));
@@ -1972,8 +1958,10 @@ static inline dsa__cu_topk_plan dsa__cu_topk_prepare(const dsa__cu *g, int32_t r
     p.sample = n > 256 * 1024 ? 4096 : 2048;
     const double step = (double) n / p.sample, want = k / step, rank = want + 4 * sqrt(want) + 2;
     p.group = 16;
-    for (double s; p.group > 1 && (s = (double) p.sample / DSA__CU_TOPK_THREADS * p.group, log(p.sample / s) / s < 1.5 * rank / p.sample);
-        ) p.group /= 2;
+    for (; p.group > 1; p.group /= 2) {
+        const double s = (double) p.sample / DSA__CU_TOPK_THREADS * p.group;
+        if (log(p.sample / s) / s >= 1.5 * rank / p.sample) break;
+    }
     double cap = n < 8192 ? n : (rank + 5 * sqrt(rank) + 2) * step;
     if (cap < k + 64) cap = k + 64;
     if (cap < 4096) cap = 4096;
@@ -2044,10 +2032,8 @@ static void dsa__cu_by_rank_launch(cudaStream_t stream, int32_t rows, int32_t k,
 /* A planned selection. workspace: plan.bytes, any contents, 16-byte aligned. follows: a scoring kernel before it in the stream
    has set the counts at the start of the workspace to zero; overlap: by programmatic dependent launch (sm_90). */
 static inline cudaError_t dsa__cu_topk_launch(cudaStream_t stream, const dsa__cu *g, const dsa__cu_topk_plan &p, const float *I,
-    int64_t ldi, const int32_t *lo, const int32_t *hi,
-                                              int32_t rows, int32_t n, int32_t k, bool by_rank, bool follows, bool fallback,
-                                                  int32_t *indices, float *scores, int32_t *found,
-                                              void *workspace)
+    int64_t ldi, const int32_t *lo, const int32_t *hi, int32_t rows, int32_t n, int32_t k, bool by_rank, bool follows, bool fallback,
+    int32_t *indices, float *scores, int32_t *found, void *workspace)
 {
     const bool overlap = g->overlap != 0;
     if (rows < 1 || k < 1) return cudaSuccess;
@@ -2123,7 +2109,7 @@ typedef struct dsa__cu_attend {
 
 typedef struct dsa__cu_entries {
     const int32_t *list, *table;
-    uint32_t limit;                                      /* valid are [0, limit): at most 2^31, so negative entries fail the same comparison */
+    uint32_t limit;                                      /* valid are [0, limit), at most 2^31: negative entries fail the same comparison */
     int32_t begin, count, shift;                         /* first position of a range; entries; log2 page_size, or -1 */
 } dsa__cu_entries;
 
@@ -2150,7 +2136,7 @@ static __device__ __forceinline__ dsa__cu_entries dsa__cu_entries_of(const dsa__
     return e;
 }
 
-/* *from where `on`, else `otherwise`. Predicated, not branched around: behind a branch the compiler copies the result, and so waits for it. */
+/* *from where `on`, else `otherwise`. Predicated, not branched around: behind a branch the compiler copies the result, so waits. */
 static __device__ __forceinline__ int32_t dsa__cu_load4(const int32_t *from, int on, int32_t otherwise)
 {
     int32_t v;
@@ -2273,8 +2259,8 @@ static __global__ void __launch_bounds__(256) dsa__cu_attend_reference(dsa__cu_a
         for (d0 = 0; d0 < dim; d0 += 32) {
             int32_t m = dim - d0 < 32 ? dim - d0 : 32;
             for (i = tid; i < n * 32; i += 256) if (i % 32 < m) kv[i / 32][i % 32] = dsa__cu_latent(format, R, rows[i / 32], d0 + i % 32);
-            for (i = tid; i < lanes * 32; i += 256) if (i % 32 < m) q[i / 32][i % 32] = dsa__cu_operand(A.q, A.q_bf16,
-                (at + i / 32) * dim + d0 + i % 32);
+            for (i = tid; i < lanes * 32; i += 256)
+                if (i % 32 < m) q[i / 32][i % 32] = dsa__cu_operand(A.q, A.q_bf16, (at + i / 32) * dim + d0 + i % 32);
             __syncthreads();
             for (d = 0; d < m; d++) {
                 dot[0] = __fadd_rn(dot[0], __fmul_rn(kv[tid / 8][d], q[tid % 8][d]));
@@ -2351,8 +2337,7 @@ static __global__ void __launch_bounds__(256) dsa__cu_attend_reference(dsa__cu_a
 
 /* dsa_attend_merge of dsa.h: one block per (row, head). An lse of +inf is an empty row of attend and weighs as much as -inf: nothing. */
 static __global__ void __launch_bounds__(128) dsa__cu_merge(int32_t n_parts, const float *outs, const float *lses, int64_t n,
-    int32_t n_heads,
-                                                            int32_t dim_v, const float *sinks, void *out, int32_t bf16, float *lse)
+    int32_t n_heads, int32_t dim_v, const float *sinks, void *out, int32_t bf16, float *lse)
 {
     const int64_t i = blockIdx.x;
     float max = DSA__CU_NONE, sum = 0.0f, total, top, z = sinks ? sinks[i % n_heads] : DSA__CU_NONE;
@@ -2403,8 +2388,10 @@ static __device__ __forceinline__ void dsa__cu_copy4(uint32_t to, const void *fr
 }
 
 static __device__ __forceinline__ void dsa__cu_copy_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> static __device__ __forceinline__ void dsa__cu_copy_wait(void) { asm volatile("cp.async.wait_group %0;" :: "n"(N)
-    : "memory"); }
+template <int N> static __device__ __forceinline__ void dsa__cu_copy_wait(void)
+{
+    asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
+}
 
 static __device__ __forceinline__ void dsa__cu_bar(int id, int n) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(n) : "memory"); }
 
@@ -2424,14 +2411,18 @@ static __device__ __forceinline__ uint2 dsa__cu_widen4(uint32_t w, float s)
 }
 
 /* ---- rows ahead ------------------------------------------------------------------------------------ */
-/* Where the rows of one place of every leaf lie. N neighbouring lanes share the place, and lane i of them looks up the leaves N b + i: list,
-   table and row are three trips to memory, and each is asked for leaves before it is used. Leaves count from the first of a block. */
-typedef struct dsa__cu_ahead { uint64_t now; uint32_t low, high; } dsa__cu_ahead;  /* addresses; low, high: of the next N: entry, page first */
+/* Where the rows of one place of every leaf lie. N neighbouring lanes share the place, and lane i of them looks up the leaves N b + i:
+   list, table and row are three trips to memory, and each is asked for leaves before it is used. Leaves count from a block's first. */
+typedef struct dsa__cu_ahead {
+    uint64_t now;                                        /* an address */
+    uint32_t low, high;                                  /* of the next N: an entry, then with its page, then both halves of the address */
+} dsa__cu_ahead;
 
 /* The lines of a row. */
 static __device__ __forceinline__ void dsa__cu_prefetch(const unsigned char *row, int bytes)
 {
-    if (row && bytes > 0) for (int i = 0; i < bytes + 127; i += 128) asm volatile("prefetch.global.L2 [%0];" :: "l"(row + (i < bytes ? i : bytes - 1)));
+    if (!row || bytes <= 0) return;
+    for (int i = 0; i < bytes + 127; i += 128) asm volatile("prefetch.global.L2 [%0];" :: "l"(row + (i < bytes ? i : bytes - 1)));
 }
 
 /* at: the entry of this lane's leaf among the first N; those from `end` on are not wanted. */
@@ -2443,8 +2434,8 @@ static __device__ __forceinline__ dsa__cu_ahead dsa__cu_ahead_begin(const dsa__c
 
 /* Once for each leaf, 0, 1, .., before its row is asked for. at: the entry of this lane's leaf among the N after those of `leaf`. */
 template <int N>
-static __device__ __forceinline__ void dsa__cu_ahead_step(const dsa__cu_attend &A, const dsa__cu_entries &E, dsa__cu_ahead &x, int leaf, int at,
-    int end, int bytes)
+static __device__ __forceinline__ void dsa__cu_ahead_step(const dsa__cu_attend &A, const dsa__cu_entries &E, dsa__cu_ahead &x, int leaf,
+    int at, int end, int bytes)
 {
     const int phase = leaf % N;
     if (phase == 0) {
@@ -2627,8 +2618,8 @@ static __global__ void __launch_bounds__(256, 1) dsa__cu_attend_portable(const _
     /* [4][LEAF]: two more than slots, since a fast warp may be a leaf ahead */
     unsigned char *valid = (unsigned char *)(scores + 32 * S::scores);
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = warp >> 2, w = warp & 3;
-    const int n_groups = (A.n_heads + 31) / 32, R = MLA ? 512 : A.pool.dim, r = MLA ? 64 : A.pool.dim_rope, D = R + r, dim_v = MLA ? 512
-        : A.dim_v;
+    const int n_groups = (A.n_heads + 31) / 32, R = MLA ? 512 : A.pool.dim, r = MLA ? 64 : A.pool.dim_rope, D = R + r;
+    const int dim_v = MLA ? 512 : A.dim_v;
     int unit = blockIdx.x;
     const int group = unit % n_groups;
     unit /= n_groups;
@@ -2649,7 +2640,8 @@ static __global__ void __launch_bounds__(256, 1) dsa__cu_attend_portable(const _
     const uint32_t tile = dsa__cu_smem(smem), raw = tile + S::at_raw;
     const int raw_bytes = R + (R + 127) / 128 * 4 + 2 * r;
     const bool wide = (((uintptr_t)A.pool.data | A.pool.row_stride | A.pool.page_stride) & 15) == 0;
-    const int row_bytes = FP8 ? raw_bytes : 0, end = min(last * LEAF, E.count);          /* bf16 rows are fetched a leaf ahead: 9 % slower with it */
+    const int row_bytes = FP8 ? raw_bytes : 0;           /* prefetched; bf16 rows are copied a leaf ahead as it is: 9 % slower with both */
+    const int end = min(last * LEAF, E.count);
     dsa__cu_ahead ahead = dsa__cu_ahead_begin(A, E, (first + piece) * LEAF + mine, end);
     auto fetch = [&](int leaf) {                                            /* issues the copies of a leaf */
         const int slot = leaf & 1;
@@ -2862,8 +2854,8 @@ static __global__ void __launch_bounds__(256, 1) dsa__cu_attend_portable(const _
    unit u of row s lies at u ^ (s % 8). The rope chunk is read only by scores, so the weights are swapped in its place. A chunk of both
    tiles goes back to the producer as soon as it is multiplied, and scores take chunks in the order in which they come back: 0 4 1 5
    2 6 3 7, then rope. A block goes through several (row, part of the list, head group); the producer is ahead with rows and q.
-   TWO (FP8, 65..128 heads): two blocks of a cluster do the two head groups of a row and share its rows: each widens one tile for both.
-   LADDER.md says what each of these brought. */
+   TWO (FP8, 65..128 heads): two blocks of a cluster do the two head groups of a row and share its rows: each widens one tile for both, by
+   two warpgroups. tools/ladder/cuda.md says what each of these brought. */
 #define DSA__CU_LEAF_HOPPER 128
 #define DSA__CU_CHUNK 8192                               /* bytes of 64 rows x 64 columns */
 
@@ -3166,9 +3158,9 @@ static __device__ __forceinline__ void dsa__cu_produce_bf16(const dsa__cu_attend
     }
 }
 
-/* FP8: four lanes share a row. 4 warps have SLOTS = 4 rows each, PER of either tile; in a cluster 8 warps have one row of tile `rank`, which
-   goes to both blocks: widening waits for its own results, not for the units, so warps help (128 rows: 242 -> 217 us). v: the values of the
-   next AHEAD groups of chunks, on their way while others are widened. */
+/* FP8: four lanes share a row. 4 warps have SLOTS = 4 rows a thread, PER of either tile; in a cluster 8 warps have one row of tile `rank`
+   each, which goes to both blocks. Widening waits for its own results, not for the units, so warps help (128 rows: 239 -> 217 us). v: the
+   values of the next AHEAD groups of chunks, on their way while others are widened. Prefetching a later leaf's rows was slower there. */
 template <int ROPE, bool SPLIT, bool TWO>
 static __device__ __forceinline__ void dsa__cu_produce_fp8(const dsa__cu_attend &A, uint32_t kv, uint32_t full, uint32_t empty,
     uint32_t valid)
@@ -3311,7 +3303,8 @@ static __global__ void __launch_bounds__(TWO ? 512 : 384, 1) dsa__cu_attend_hopp
     if (tid == 0) {
         dsa__cu_bar_init(q_full, TWO ? 256 : 128);
         dsa__cu_bar_init(q_free, 8);
-        for (int i = 0; i < 4; i++) dsa__cu_bar_init(full + 8 * i, FP8 ? (TWO ? 8 : 4) + (!TWO && ROPE && i == 0 ? 128 : 0) : i ? 128 : 132);
+        for (int i = 0; i < 4; i++)
+            dsa__cu_bar_init(full + 8 * i, TWO ? 8 : FP8 ? 4 + (ROPE && i == 0 ? 128 : 0) : i ? 128 : 132);
         for (int i = 0; i < 9; i++) dsa__cu_bar_init(empty + 8 * i, (i < 8 ? 4 : 8) * (TWO ? 2 : 1));
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -3766,17 +3759,17 @@ static int dsa__cu_attend_takes(const dsa__cu *g, const dsa__cu_attend *A)
     const size_t shared = small ? fp8 ? dsa__cu_portable_smem<320>::bytes_fp8 : dsa__cu_portable_smem<320>::bytes_bf16
                                 : fp8 ? dsa__cu_portable_smem<576>::bytes_fp8 : dsa__cu_portable_smem<576>::bytes_bf16;
     if (!dsa__cu_attend_is_hopper(g, A) && shared > (size_t)g->shared) return 0;
-    return g->path != DSA_CUDA_REFERENCE && !A->exact && (A->pool.format == DSA_BF16 || A->pool.format == DSA_FP8) && R % 8 == 0 &&
-       r % 8 == 0 &&
-           A->dim_v % 8 == 0 && A->dim_v <= 512 && R + r <= 576 && (((uintptr_t)(A->q_bf16 ? A->q : NULL) | (uintptr_t)A->out) & 15) == 0 &&
-              (((uintptr_t)A->pool.data | A->pool.row_stride | A->pool.page_stride) & 3) == 0 &&
-           A->batch.n_rows * ((A->n_heads + 31) / 32) * (int64_t)(g->n_sm + 1) < INT32_MAX &&
-           (!fp8 || R + (R + 127) / 128 * 4 + 2 * r <= (small ? dsa__cu_portable_smem<320>::raw_row : dsa__cu_portable_smem<576>::raw_row));
+    if (g->path == DSA_CUDA_REFERENCE || A->exact || (A->pool.format != DSA_BF16 && !fp8)) return 0;
+    if (R % 8 || r % 8 || A->dim_v % 8 || A->dim_v > 512 || R + r > 576) return 0;
+    const int64_t raw = R + (R + 127) / 128 * 4 + 2 * r;
+    if (fp8 && raw > (small ? dsa__cu_portable_smem<320>::raw_row : dsa__cu_portable_smem<576>::raw_row)) return 0;
+    if ((((uintptr_t)(A->q_bf16 ? A->q : NULL) | (uintptr_t)A->out) & 15) != 0) return 0;
+    if ((((uintptr_t)A->pool.data | A->pool.row_stride | A->pool.page_stride) & 3) != 0) return 0;
+    return A->batch.n_rows * ((A->n_heads + 31) / 32) * (int64_t)(g->n_sm + 1) < INT32_MAX;
 }
 
 /* Blocks that share a row's list: fills n_chunks, leaves_per_chunk, n_leaves and returns the bytes of workspace (0: no sharing). Sharing
-   pays
-   while a few rows leave multiprocessors idle and the leaves' outputs (dim_v floats per head and leaf) stay in the L2. */
+   pays while a few rows leave multiprocessors idle and the leaves' outputs (dim_v floats per head and leaf) stay in the L2. */
 static size_t dsa__cu_attend_plan(const dsa__cu *g, dsa__cu_attend *A)
 {
     const int hopper = dsa__cu_attend_is_hopper(g, A), leaf = dsa__cu_attend_leaf(g, A), per = hopper ? 64 : 32;
@@ -3951,8 +3944,7 @@ static dsa__cu_pool dsa__cu_pool_of(const dsa_cache *c, const int32_t *tables, i
 
 /* Any of its parts may be missing: NULL. */
 static void dsa__cu_begin_launch(const dsa__cu_batch *b, const dsa__cu_append *latent, const dsa__cu_append *index,
-    const dsa__cu_queries *queries,
-                                 const dsa__cu_convert *convert, cudaStream_t stream)
+    const dsa__cu_queries *queries, const dsa__cu_convert *convert, cudaStream_t stream)
 {
     dsa__cu_append l, x;
     dsa__cu_queries q;
@@ -4051,8 +4043,7 @@ static int dsa__cu_in_place(const dsa__cu_score_call *c) { return c->q_type == D
 
 /* Tensor cores' part of a tile: rows [row, row + n) of the call. clear: counters of the selection behind it. */
 static cudaError_t dsa__cu_score_fast(const dsa__cu *g, const dsa__cu_score_call *c, float *I, int64_t row, int64_t n, uint32_t *clear,
-    size_t n_clear,
-                                      cudaStream_t stream)
+    size_t n_clear, cudaStream_t stream)
 {
     dsa__cu_index_args a;
     memset(&a, 0, sizeof a);
@@ -4294,7 +4285,7 @@ extern "C" dsa_status dsa_cuda_append(const dsa_ctx *ctx, const dsa_cuda_append_
 }
 
 static dsa_status dsa__cu_score_args(const dsa_ctx *ctx, const dsa_cuda_score_args *a, const dsa_selection *out, dsa__cu_arena *arena,
-                                     dsa__cu_score_call *c)
+    dsa__cu_score_call *c)
 {
     dsa_status st;
     memset(c, 0, sizeof *c);
@@ -4394,7 +4385,7 @@ extern "C" dsa_status dsa_cuda_score_select(const dsa_ctx *ctx, const dsa_cuda_s
 }
 
 static dsa_status dsa__cu_select_args(const dsa_ctx *ctx, const dsa_cuda_select_args *a, const dsa_selection *out, dsa__cu_arena *arena,
-                                      dsa__cu_selection *sel, dsa__cu_bounds *bounds, void **topk)
+    dsa__cu_selection *sel, dsa__cu_bounds *bounds, void **topk)
 {
     dsa_selection s;
     if (!ctx) return DSA_ERR_NULL;
@@ -4559,8 +4550,7 @@ extern "C" dsa_status dsa_cuda_attend(const dsa_ctx *ctx, const dsa_cuda_attend_
 }
 
 extern "C" dsa_status dsa_cuda_merge(const dsa_ctx *ctx, int32_t n_parts, const float *outs, const float *lses, int64_t n_rows,
-    int32_t n_heads,
-                                     int32_t dim_v, const float *sinks, void *out, dsa_type out_type, float *lse, void *stream)
+    int32_t n_heads, int32_t dim_v, const float *sinks, void *out, dsa_type out_type, float *lse, void *stream)
 {
     if (!ctx) return DSA_ERR_NULL;
     if (!ctx->config.cuda) return dsa__cu_fail(ctx, DSA_ERR_NO_DEVICE, "cuda: config.cuda is NULL");
@@ -4570,13 +4560,17 @@ extern "C" dsa_status dsa_cuda_merge(const dsa_ctx *ctx, int32_t n_parts, const 
     if (n_rows == 0) return DSA_OK;
     if (!out || (n_parts > 0 && (!outs || !lses))) return dsa__cu_fail(ctx, DSA_ERR_NULL, "dsa_cuda_merge: outs, lses or out is NULL");
     dsa__cu_merge<<<(unsigned)(n_rows * n_heads), 128, 0, (cudaStream_t)stream>>>(n_parts, outs, lses, n_rows * n_heads, n_heads, dim_v,
-        sinks, out,
-                                                                                  out_type == DSA_BF16, lse);
+        sinks, out, out_type == DSA_BF16, lse);
     return dsa__cu_refused(ctx, dsa__cu_launched());
 }
 
-typedef struct dsa__cu_step { dsa_cuda_append_args append; dsa_cuda_score_args score; dsa_selection sel; dsa_cuda_attend_args attend;
-    __nv_bfloat16 *q16; } dsa__cu_step;
+typedef struct dsa__cu_step {
+    dsa_cuda_append_args append;
+    dsa_cuda_score_args score;
+    dsa_selection sel;
+    dsa_cuda_attend_args attend;
+    __nv_bfloat16 *q16;
+} dsa__cu_step;
 
 /* The calls that a step is. Scoring and attention share their scratch: they follow each other. */
 static dsa_status dsa__cu_step_args(const dsa_ctx *ctx, const dsa_cuda_step_args *a, dsa__cu_arena *arena, dsa__cu_step *c)
@@ -4784,12 +4778,15 @@ static dsa_status dsa__cu_host_read(const dsa_ctx *ctx, const dsa_cache *c, int6
 }
 
 /* Device arrays of a tile of m rows of one sequence. */
-typedef struct dsa__cu_score_host { int32_t *table, *lens, *ks; float *q, *w; dsa_selection out; float *scores; dsa__cu_score_call call;
-    } dsa__cu_score_host;
+typedef struct dsa__cu_score_host {
+    int32_t *table, *lens, *ks;
+    float *q, *w, *scores;
+    dsa_selection out;
+    dsa__cu_score_call call;
+} dsa__cu_score_host;
 
 static dsa__cu_arena dsa__cu_score_lay(const dsa__cu *g, const dsa_ctx *ctx, const dsa_score_args *a, const dsa_selection *out,
-    const dsa_cache *c, int64_t len,
-                                       int64_t longest, int64_t m, int64_t n_cols, dsa__cu_score_host *t)
+    const dsa_cache *c, int64_t len, int64_t longest, int64_t m, int64_t n_cols, dsa__cu_score_host *t)
 {
     dsa__cu_arena arena = dsa__cu_over(g->scratch);
     const int64_t blocks = dsa__cu_blocks(c, len), HI = a->n_index_heads;
@@ -4826,8 +4823,7 @@ static dsa__cu_arena dsa__cu_score_lay(const dsa__cu *g, const dsa_ctx *ctx, con
 }
 
 static dsa_status dsa__cu_host_score(const dsa_ctx *ctx, const dsa_score_args *a, const dsa_selection *out, int64_t n_rows, float *scores,
-    int64_t n_cols,
-                                     int64_t stride, int run)
+    int64_t n_cols, int64_t stride, int run)
 {
     dsa__cu *g = dsa__cu_of(ctx);
     dsa__cu_turn t = { 0, cudaSuccess };
@@ -4888,8 +4884,7 @@ typedef struct dsa__cu_attend_host {
 } dsa__cu_attend_host;
 
 static dsa__cu_arena dsa__cu_attend_lay(const dsa__cu *g, const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state,
-    int exact, int fused, const dsa_cache *c,
-                                        int64_t len, int64_t blocks, int64_t m, const float *sinks, dsa__cu_attend_host *t)
+    int exact, int fused, const dsa_cache *c, int64_t len, int64_t blocks, int64_t m, const float *sinks, dsa__cu_attend_host *t)
 {
     dsa__cu_arena arena = dsa__cu_over(g->scratch);
     const int64_t H = state->n_heads, W = (int64_t)ctx->config.dim_latent + ctx->config.dim_rope;
@@ -4933,8 +4928,7 @@ static dsa__cu_arena dsa__cu_attend_lay(const dsa__cu *g, const dsa_ctx *ctx, co
 }
 
 static dsa_status dsa__cu_host_attend(const dsa_ctx *ctx, const dsa_attend_args *a, const dsa_attend_state *state, int exact, int fused,
-    int causal,
-                                      const float *sinks, float *lse, float *max_logit, int run)
+    int causal, const float *sinks, float *lse, float *max_logit, int run)
 {
     dsa__cu *g = dsa__cu_of(ctx);
     dsa__cu_turn t = { 0, cudaSuccess };

@@ -68,8 +68,11 @@ for path in $paths; do
     step "200 greedy bytes, $path" greedy "$path"
     step "needle, $path" needles "$path"
     if command -v compute-sanitizer >/dev/null; then
-        step "memcheck, $path" sanitized memcheck "$path" device_scores_v32_fp8 device_attends_v32_fp8 device_steps_tiny_fp8 steps_odd
-        step "racecheck, $path" sanitized racecheck "$path" device_steps_tiny_fp8
+        step "memcheck, $path" sanitized memcheck "$path" device_scores_v32_fp8 device_attends_v32_fp8 device_attends_r0_fp8 device_steps_glm \
+            device_steps_tiny_fp8 device_holes_v32_bf16 steps_odd
+        # few launches: racecheck takes some thousand times as long
+        step "racecheck, $path" sanitized racecheck "$path" device_rows_alone_tiny_fp8 device_rows_alone_v32_fp8 device_rows_alone_v32_bf16 \
+            device_rows_alone_r0_fp8
     fi
 done
 step 'example' build/06_cuda_decode

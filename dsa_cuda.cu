@@ -376,7 +376,13 @@ static __device__ __forceinline__ void dsa__cu_append_row(const dsa__cu_append &
     int32_t page, offset, i, g, n;
     int nan;
     unsigned char *y, *scales;
-    float s;
+    float s, v[4];
+    /* the rows that decoding appends: a lane has four channels, on their way while their place is looked up */
+    const int32_t lanes = a.index_key ? p.planar && p.dim == 128 ? 32 : 0 : p.format == DSA_FP8 && p.dim % 128 == 0 ? p.dim / 4 : 0;
+    if ((int32_t)threadIdx.x < lanes) {
+#pragma unroll
+        for (i = 0; i < 4; i++) v[i] = dsa__cu_operand(rows, bf16, row * width + 4 * (int32_t)threadIdx.x + i);
+    }
     if (slots) {
         int64_t slot = slots[row];
         if (slot < 0 || slot >= p.n_pages * p.page_size) return;
@@ -388,12 +394,9 @@ static __device__ __forceinline__ void dsa__cu_append_row(const dsa__cu_append &
         if (page < 0) return;
     }
     y = dsa__cu_in(p, page, offset);
-    if (a.index_key && p.planar && p.dim == 128 && ((uintptr_t)y & 3) == 0) {
+    if (a.index_key && lanes && ((uintptr_t)y & 3) == 0) {
         if (threadIdx.x < 32) {                          /* one warp: nobody waits for a barrier */
             uint32_t code;
-            float v[4];
-#pragma unroll
-            for (i = 0; i < 4; i++) v[i] = dsa__cu_operand(rows, bf16, row * width + 4 * (int32_t)threadIdx.x + i);
             s = dsa__cu_round_128(p.format, p.hadamard, v, &code);
             *(uint32_t *)(y + 4 * threadIdx.x) = code;
             if (threadIdx.x == 0) dsa__cu_store_f32(dsa__cu_scale_in(p, page, offset), s);
@@ -416,12 +419,12 @@ static __device__ __forceinline__ void dsa__cu_append_row(const dsa__cu_append &
         return;
     }
     scales = y + p.dim;                                  /* tile scale 2^ceil(log2(max(amax / 448, 1e-4))) (spec 6.1) */
-    if (p.dim % 128 == 0 && ((uintptr_t)y & 3) == 0) {   /* a warp for every 128 channels */
-        for (g = (int32_t)threadIdx.x / 32 * 128; g < p.dim; g += (int32_t)blockDim.x / 32 * 128) {
+    if (lanes && ((uintptr_t)y & 3) == 0) {              /* a warp for every 128 channels */
+        const int32_t begin = (int32_t)threadIdx.x / 32 * 128;
+        for (g = begin; g < p.dim; g += 4 * (int32_t)blockDim.x) {
             uint32_t most = 0, code = 0;
-            float v[4];
 #pragma unroll
-            for (i = 0; i < 4; i++) v[i] = dsa__cu_operand(rows, bf16, row * width + g + 4 * ((int32_t)threadIdx.x & 31) + i);
+            for (i = 0; g > begin && i < 4; i++) v[i] = dsa__cu_operand(rows, bf16, row * width + g + 4 * ((int32_t)threadIdx.x & 31) + i);
 #pragma unroll
             for (i = 0; i < 4; i++) {
                 const uint32_t m = __float_as_uint(v[i]) & 0x7FFFFFFFu;
@@ -562,6 +565,7 @@ static __global__ void __launch_bounds__(128) dsa__cu_begin(dsa__cu_batch b, dsa
     __shared__ float x[DSA_MAX_DIM_INDEX];
     __shared__ uint32_t shared[32];
     int64_t at = blockIdx.x;
+    dsa__cu_wait_launch();                               /* what follows may count on all that was there before this launch */
     dsa__cu_let_launch();
     if (at < latent.n) { dsa__cu_append_row(latent, b, at, x, shared); return; }
     at -= latent.n;
@@ -661,6 +665,7 @@ struct dsa__cu_index_args {
     int32_t              n, rows, heads, dim, format, block_rows, chunk, chunks;
     float               *I;                          /* [rows, ldi] */
     int64_t              ldi;
+    const int32_t       *lens;                       /* of a single row's sequence: its keys are asked for before the launch ahead ends */
     uint32_t            *clear;                      /* counters of the kernels that follow, set to 0 */
     int32_t              n_clear;
 };
@@ -687,6 +692,27 @@ __device__ __forceinline__ const unsigned char *dsa__cu_index_key(const dsa__cu_
     if (page < 0 || page >= a.n_pages) return NULL;
     *scale = (const float *) (a.scales + page * a.scale_stride + 4 * (int64_t) at);
     return a.pages + page * a.page_stride + (int64_t) at * row_bytes;
+}
+
+/* The keys of a single row on their way into the L2. They and the tables were there before the launch that this one overlaps, but for the
+   row that it appends: what is asked for here is not read before that is stored. */
+__device__ __forceinline__ void dsa__cu_index_ahead(const dsa__cu_index_args &a)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (!a.lens) return;
+    const int64_t first = (int64_t) blockIdx.x * a.chunk, most = min(a.chunk, (int32_t) (196608 / gridDim.x));       /* half of the L2 */
+    const int64_t end = min(first + most, (int64_t) min(__ldg(a.lens), a.n));
+    for (int64_t block = first / a.page_size + threadIdx.x; block * a.page_size < end; block += blockDim.x) {
+        const int64_t page = a.table ? __ldg(&a.table[block]) : block;
+        if (page < 0 || page >= a.n_pages) continue;
+        const int64_t begin = block * a.page_size, from = max(first - begin, (int64_t) 0);
+        const int64_t n = min(end - begin, (int64_t) a.page_size) - from;
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(a.pages + page * a.page_stride + from * 128),
+            "r"((uint32_t) n * 128));
+        const unsigned char *scales = a.scales + page * a.scale_stride + 4 * from;
+        for (int64_t i = 0; i < 4 * n; i += 128) asm volatile("prefetch.global.L2 [%0];" :: "l"(scales + i));
+    }
+#endif
 }
 
 __device__ __forceinline__ void dsa__cu_index_clear(const dsa__cu_index_args &a)
@@ -947,6 +973,7 @@ __global__ void __launch_bounds__(384, HP * ROWS > 64 ? 1 : 2) dsa__cu_index_hop
     extern __shared__ unsigned char dsa__cu_hopper_raw[];
     __shared__ __align__(8) uint64_t full[S], empty[S];
     dsa__cu_let_launch();
+    dsa__cu_index_ahead(a);
     dsa__cu_wait_launch();
     dsa__cu_index_clear(a);
     int32_t row0, n_rows, s0, s1;
@@ -1171,7 +1198,8 @@ static inline cudaError_t dsa__cu_index_launch(cudaStream_t stream, const dsa__c
 #undef DSA__CU_GO
     } else {
         const size_t shared = (size_t) most * tiles * 8 * (a.dim * 2 + 4);
-#define DSA__CU_GO2(F, D) dsa__cu_launch(dsa__cu_index_mma<F, D>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, g->overlap, 1, args)
+#define DSA__CU_GO2(F, D) dsa__cu_launch(dsa__cu_index_mma<F, D>, dim3(grid), DSA__CU_INDEX_THREADS, shared, stream, \
+        g->overlap, 1, args)
 #define DSA__CU_GO(F) (a.dim == 128 ? DSA__CU_GO2(F, 128) : a.dim == 64 ? DSA__CU_GO2(F, 64) : DSA__CU_GO2(F, 32))
         if (a.format == DSA_FP8) err = DSA__CU_GO(DSA_FP8);
         else if (a.format == DSA_INT8) err = DSA__CU_GO(DSA_INT8);
@@ -1448,6 +1476,7 @@ __device__ void dsa__cu_emit(Fill fill, int32_t lo, int32_t hi, int32_t window, 
 __global__ void __launch_bounds__(DSA__CU_TOPK_THREADS, 1024 / DSA__CU_TOPK_THREADS) dsa__cu_topk(dsa__cu_topk_args a)
 {
     extern __shared__ dsa__u64 dsa__cu_topk_shared[];
+    dsa__cu_wait_launch();                               /* bounds too are of a launch that may still run */
     dsa__u64 *cand = dsa__cu_topk_shared;
     uint32_t *bitmap = (uint32_t *) (cand + a.cap), *hist = bitmap + a.window / 32;
     __shared__ uint32_t sums[32], bin[4], n_cand, last;
@@ -1456,9 +1485,6 @@ __global__ void __launch_bounds__(DSA__CU_TOPK_THREADS, 1024 / DSA__CU_TOPK_THRE
     const float *I = a.I + row * a.ldi;
     uint32_t threshold = 1;
     if (tid == 0) n_cand = 0;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
     if (a.fallback && n <= k) {                                         /* the dense fallback (contracts): nothing was scored */
         for (int32_t i = tid; part == 0 && i < k; i += DSA__CU_TOPK_THREADS) a.indices[(int64_t) row * k + i] = i < n ? lo + i : -1;
         if (a.found && part == 0 && tid == 0) a.found[row] = n;
@@ -1650,7 +1676,8 @@ __global__ void __launch_bounds__(DSA__CU_TOPK_THREADS) dsa__cu_topk_by_rank(int
    1. Groups of about n / k scores: the least of their maxima has at least k scores at or above it. 2. A histogram of the keys from there
    to the largest, 2048 bins of equal width: each block adds up its share of the bins, and sends the sums to all. 3. The few keys of the
    bin with the cut go to all, who find the cut and know how many each block selects; if there are many, that bin becomes 2048 bins. */
-#define DSA__CU_ROW_THREADS 1024
+#define DSA__CU_ROW_MOST (16 * 1024 * 16 - 6)             /* positions, the first at any place within 16 bytes */
+#define DSA__CU_ROW_SHORT (16 * 512 * 20 - 6)
 #define DSA__CU_ROW_LIST 64                              /* most keys of the cut's bin that are listed */
 
 struct dsa__cu_row_args {
@@ -1700,11 +1727,11 @@ static __device__ __forceinline__ void dsa__cu_receive(uint32_t bar, uint32_t ph
     }
 }
 
-/* C blocks, ITEMS scores of a thread. */
-template <int C, int ITEMS>
-__global__ void __launch_bounds__(DSA__CU_ROW_THREADS, 1) dsa__cu_topk_row(dsa__cu_row_args a)
+/* C blocks of T threads, ITEMS scores of a thread. */
+template <int C, int ITEMS, int T>
+__global__ void __launch_bounds__(T, 1) dsa__cu_topk_row(dsa__cu_row_args a)
 {
-    constexpr int T = DSA__CU_ROW_THREADS, Q = ITEMS / 4, BINS = 2048, OWN = BINS / C, L = DSA__CU_ROW_LIST;
+    constexpr int Q = ITEMS / 4, BINS = 2048, OWN = BINS / C, L = DSA__CU_ROW_LIST;
     __shared__ __align__(16) uint32_t hist[BINS], part[BINS / 2], owned[OWN], whole[BINS], lists[C][4 + L], mine[4 + L];
     __shared__ __align__(16) uint4 ranges[C];
     __shared__ __align__(8) uint64_t bars[4];
@@ -1826,22 +1853,30 @@ __global__ void __launch_bounds__(DSA__CU_ROW_THREADS, 1) dsa__cu_topk_row(dsa__
         }
         dsa__cu_receive(bar + 16, turn);
         if (tid == 0) dsa__cu_expect(bar + 16, BINS * 4);
-        {   /* the bin with the cut: bins in descending order, two of a thread */
-            const uint32_t h0 = whole[BINS - 1 - 2 * tid], h1 = whole[BINS - 2 - 2 * tid];
-            uint32_t x = h0 + h1, above, total = 0;
+        {   /* the bin with the cut: bins in descending order, several of a thread */
+            constexpr int EACH = BINS / T;
+            uint32_t h[EACH], x = 0, sum, above, total;
+#pragma unroll
+            for (int i = 0; i < EACH; i++) { h[i] = whole[BINS - 1 - EACH * tid - i]; x += h[i]; }
+            sum = x;
 #pragma unroll
             for (int d = 1; d < 32; d *= 2) { const uint32_t y = __shfl_up_sync(~0u, x, d); if (lane >= d) x += y; }
             if (lane == 31) sums[warp] = x;
             __syncthreads();
             const uint32_t other = lane < T / 32 ? sums[lane] : 0;
-            above = x - h0 - h1 + __reduce_add_sync(~0u, lane < warp ? other : 0);
+            above = x - sum + __reduce_add_sync(~0u, lane < warp ? other : 0);
             total = __reduce_add_sync(~0u, other);
             if (total < need) { edge = 0; break; }       /* fewer than k: all of them (the same in all threads) */
-            if (above < need && need <= above + h0 + h1) {
-                const int second = need > above + h0;
-                bin[0] = (uint32_t) (BINS - 1 - 2 * tid - second);
-                bin[1] = second ? need - above - h0 : need - above;
-                bin[2] = second ? h1 : h0;
+            if (above < need && need <= above + sum) {
+#pragma unroll
+                for (int i = 0; i < EACH; i++) {
+                    if (above < need && need <= above + h[i]) {
+                        bin[0] = (uint32_t) (BINS - 1 - EACH * tid - i);
+                        bin[1] = need - above;
+                        bin[2] = h[i];
+                    }
+                    above += h[i];
+                }
             }
             __syncthreads();
         }
@@ -1905,7 +1940,7 @@ __global__ void __launch_bounds__(DSA__CU_ROW_THREADS, 1) dsa__cu_topk_row(dsa__
     /* A bit for each position of the block, set by few; then a thread has a word of them. */
     constexpr int WORDS = ITEMS * T / 32;
     uint32_t *const above_bits = hist, *const same_bits = hist + WORDS;
-    static_assert(2 * WORDS <= BINS, "the bits lie over the histogram");
+    static_assert(2 * WORDS <= BINS && WORDS <= T && C <= T / 32, "the bits lie over the histogram");
 #pragma unroll
     for (int i = 0; i < Q; i++) {
         uint32_t above_4 = 0, same_4 = 0;
@@ -1944,7 +1979,7 @@ __global__ void __launch_bounds__(DSA__CU_ROW_THREADS, 1) dsa__cu_topk_row(dsa__
     if (a.found && rank == 0 && tid == 0) a.found[row] = (int32_t) found;
 }
 #else
-template <int C, int ITEMS> __global__ void dsa__cu_topk_row(dsa__cu_row_args a) { (void) a; }
+template <int C, int ITEMS, int T> __global__ void dsa__cu_topk_row(dsa__cu_row_args a) { (void) a; }
 #endif
 
 struct dsa__cu_topk_plan { int32_t splits, sample, group, cap, window; size_t shared, bytes, count_bytes; };
@@ -1995,10 +2030,10 @@ static inline cudaError_t dsa__cu_topk_init(dsa__cu *g)
         int n = 0;
         at.id = cudaLaunchAttributeClusterDimension;
         at.val.clusterDim.x = 16; at.val.clusterDim.y = 1; at.val.clusterDim.z = 1;
-        c.gridDim = dim3(16); c.blockDim = dim3(DSA__CU_ROW_THREADS); c.attrs = &at; c.numAttrs = 1;
-        if (cudaFuncSetAttribute(dsa__cu_topk_row<16, 12>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
-            cudaFuncSetAttribute(dsa__cu_topk_row<16, 16>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
-            cudaOccupancyMaxActiveClusters(&n, dsa__cu_topk_row<16, 16>, &c) == cudaSuccess && n > 0) g->cluster = 16;
+        c.gridDim = dim3(16); c.blockDim = dim3(1024); c.attrs = &at; c.numAttrs = 1;
+        if (cudaFuncSetAttribute(dsa__cu_topk_row<16, 20, 512>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
+            cudaFuncSetAttribute(dsa__cu_topk_row<16, 16, 1024>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
+            cudaOccupancyMaxActiveClusters(&n, dsa__cu_topk_row<16, 16, 1024>, &c) == cudaSuccess && n > 0) g->cluster = 16;
         (void) cudaGetLastError();
     }
     cudaError_t e = cudaFuncSetAttribute(dsa__cu_topk, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -2009,17 +2044,15 @@ static inline cudaError_t dsa__cu_topk_init(dsa__cu *g)
 /* Which selections go to clusters; the plan's workspace is not needed then. */
 static inline bool dsa__cu_topk_is_row(const dsa__cu *g, int64_t rows, int64_t n)
 {
-    return g->cluster == 16 && rows * g->cluster <= g->n_sm && n >= 8192 && n <= (int64_t) g->cluster * DSA__CU_ROW_THREADS * 16 - 6;
+    return g->cluster == 16 && rows * g->cluster <= g->n_sm && n >= 8192 && n <= DSA__CU_ROW_MOST;
 }
 
 static cudaError_t dsa__cu_topk_row_launch(cudaStream_t stream, const dsa__cu *g, dsa__cu_row_args a, int32_t rows)
 {
     void *args[1] = { &a };
-    const int64_t quads = ((int64_t) a.n + 6) / 4 + 15;
     const dim3 grid((unsigned) (rows * 16));
-    if (quads / 16 <= 3 * DSA__CU_ROW_THREADS)
-        return dsa__cu_launch(dsa__cu_topk_row<16, 12>, grid, DSA__CU_ROW_THREADS, 0, stream, 1, 16, args);
-    return dsa__cu_launch(dsa__cu_topk_row<16, 16>, grid, DSA__CU_ROW_THREADS, 0, stream, 1, 16, args);
+    if (a.n <= DSA__CU_ROW_SHORT) return dsa__cu_launch(dsa__cu_topk_row<16, 20, 512>, grid, 512, 0, stream, 1, 16, args);
+    return dsa__cu_launch(dsa__cu_topk_row<16, 16, 1024>, grid, 1024, 0, stream, 1, 16, args);
 }
 
 static void dsa__cu_by_rank_launch(cudaStream_t stream, int32_t rows, int32_t k, int32_t *indices, float *scores)
@@ -3515,7 +3548,19 @@ static __global__ void __launch_bounds__(512, 1) dsa__cu_attend_one(const __grid
 #pragma unroll
         for (int c = 0; c < DIM / 64; c++) dsa__cu_copy16(to + c * DSA__CU_CHUNK, q + (on ? c * 64 : 0), on);
     }
-    if (A.early) dsa__cu_wait_launch();
+    if (A.early) {
+        /* while the selection runs: the table into the L1, and the translations of the addresses that are read later */
+        const int64_t blocks = E.table ? ((int64_t)E.limit + A.pool.page_size - 1) / A.pool.page_size : 0;
+        for (int64_t i = 8 * tid; i < blocks && i < 4096; i += 8 * 512) {
+            int32_t x;
+            asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(x) : "l"(E.table + i));
+        }
+        if (tid < 4 && E.list && leaf * 128 + tid * 32 < E.count)
+            asm volatile("prefetch.global.L2 [%0];" :: "l"(E.list + leaf * 128 + tid * 32));
+        if (((size_t)tid << 21) < (size_t)A.pool.n_pages * A.pool.page_stride)
+            asm volatile("prefetch.global.L2 [%0];" :: "l"(A.pool.data + ((size_t)tid << 21)));
+        dsa__cu_wait_launch();
+    }
     const int key = tid >> 2, u = tid & 3, sub = key & 7;                   /* four threads of a row: of 64 bytes 16 each */
     const unsigned char *from = dsa__cu_row(A, E, dsa__cu_entry(E, leaf * 128 + key));
     const int on = from != NULL;
@@ -3525,7 +3570,8 @@ static __global__ void __launch_bounds__(512, 1) dsa__cu_attend_one(const __grid
 #pragma unroll
         for (int x = 0; x < 2; x++) v[g][x] = dsa__cu_load16(from + 256 * x + 64 * g + 16 * u, on);
     const uint4 scales = dsa__cu_load16(from + 512, on);
-    const uint32_t to = kv + (key >> 6) * S::tile + (key & 63) * 128, to0 = to + (((2 * u) ^ sub) << 4), to1 = to + (((2 * u + 1) ^ sub) << 4);
+    const uint32_t to = kv + (key >> 6) * S::tile + (key & 63) * 128;
+    const uint32_t to0 = to + (((2 * u) ^ sub) << 4), to1 = to + (((2 * u + 1) ^ sub) << 4);
     if (ROPE) {
         dsa__cu_copy16(to0 + 8 * DSA__CU_CHUNK, on ? from + 528 + 32 * u : A.pool.data, on);
         dsa__cu_copy16(to1 + 8 * DSA__CU_CHUNK, on ? from + 544 + 32 * u : A.pool.data, on);
@@ -3566,7 +3612,8 @@ static __global__ void __launch_bounds__(512, 1) dsa__cu_attend_one(const __grid
             }
             if (ROPE && g == 3) {
 #pragma unroll
-                for (int k = 0; k < 4; k++) dsa__cu_wgmma_ss(s, qd + ((8 * DSA__CU_CHUNK + k * 32) >> 4), kd + ((8 * DSA__CU_CHUNK + k * 32) >> 4), 1);
+                for (int k = 0; k < 4; k++)
+                    dsa__cu_wgmma_ss(s, qd + ((8 * DSA__CU_CHUNK + k * 32) >> 4), kd + ((8 * DSA__CU_CHUNK + k * 32) >> 4), 1);
             }
             dsa__cu_wgmma_commit();
         }
@@ -3643,7 +3690,8 @@ static __global__ void __launch_bounds__(512, 1) dsa__cu_attend_one(const __grid
             const uint32_t rank = (uint32_t)h >> 2, at = base + S::stats + leaf * 32 + (h & 3) * 8;
             const float m = lane & 1 ? m1 : m0, l = lane & 1 ? l1 : l0;
             asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];"
-                :: "r"(dsa__cu_peer(at, rank)), "r"(__float_as_uint(m)), "r"(__float_as_uint(l)), "r"(dsa__cu_peer(stat_bar, rank)) : "memory");
+                :: "r"(dsa__cu_peer(at, rank)), "r"(__float_as_uint(m)), "r"(__float_as_uint(l)), "r"(dsa__cu_peer(stat_bar, rank))
+                : "memory");
         }
         float x[2][32];
         dsa__cu_wgmma_fence();
@@ -3669,8 +3717,10 @@ static __global__ void __launch_bounds__(512, 1) dsa__cu_attend_one(const __grid
         dsa__cu_bar(1, 256);
         if (tid < 64) {
             dsa__cu_receive(stat_bar, 0);                                   /* all have scored */
-            const uint32_t rank = (uint32_t)tid >> 2, at = kv + (leaf >> 3) * S::tile + (1 - half) * 4 * DSA__CU_CHUNK + (leaf & 7) * 4096;
-            dsa__cu_peer_copy(dsa__cu_peer(at + (tid & 3) * 1024, rank), base + tid * S::row, 1024, dsa__cu_peer(x_bar, rank));
+            /* everybody begins with another block */
+            const uint32_t rank = ((uint32_t)tid / 4 + leaf) % 16, r = 4 * rank + tid % 4;
+            const uint32_t at = kv + (leaf >> 3) * S::tile + (1 - half) * 4 * DSA__CU_CHUNK + (leaf & 7) * 4096 + tid % 4 * 1024;
+            dsa__cu_peer_copy(dsa__cu_peer(at, rank), base + r * S::row, 1024, dsa__cu_peer(x_bar, rank));
         }
     } else {                                             /* warps 8 .. 11: how the leaves of a head are folded */
         const int h = (tid >> 5) & 3, head = group * 64 + 4 * leaf + h;
@@ -3706,7 +3756,8 @@ static __global__ void __launch_bounds__(512, 1) dsa__cu_attend_one(const __grid
 #pragma unroll
         for (int i = 0; i < 16; i++) {
             if (i < n) {
-                const float2 x = dsa__cu_read8(at + (i >> 3) * S::tile + (i & 7) * 4096), c = dsa__cu_read8(base + S::coef + h * 128 + i * 8);
+                const float2 x = dsa__cu_read8(at + (i >> 3) * S::tile + (i & 7) * 4096);
+                const float2 c = dsa__cu_read8(base + S::coef + h * 128 + i * 8);
                 O.x = __fmaf_rn(c.y, x.x, __fmul_rn(c.x, O.x));
                 O.y = __fmaf_rn(c.y, x.y, __fmul_rn(c.x, O.y));
             }
@@ -3943,7 +3994,7 @@ static dsa__cu_pool dsa__cu_pool_of(const dsa_cache *c, const int32_t *tables, i
 }
 
 /* Any of its parts may be missing: NULL. */
-static void dsa__cu_begin_launch(const dsa__cu_batch *b, const dsa__cu_append *latent, const dsa__cu_append *index,
+static void dsa__cu_begin_launch(const dsa__cu *g, const dsa__cu_batch *b, const dsa__cu_append *latent, const dsa__cu_append *index,
     const dsa__cu_queries *queries, const dsa__cu_convert *convert, cudaStream_t stream)
 {
     dsa__cu_append l, x;
@@ -3958,7 +4009,8 @@ static void dsa__cu_begin_launch(const dsa__cu_batch *b, const dsa__cu_append *l
     if (queries) q = *queries;
     if (convert) c = *convert;
     int64_t n = l.n + x.n + q.n_blocks + (c.n + 1023) / 1024;
-    if (n > 0) dsa__cu_begin<<<(unsigned)n, 128, 0, stream>>>(*b, l, x, q, c);
+    void *args[5] = { (void *)b, &l, &x, &q, &c };
+    if (n > 0) (void)dsa__cu_launch(dsa__cu_begin, dim3((unsigned)n), 128, 0, stream, g->overlap, 1, args);
 }
 
 static dsa__cu_append dsa__cu_append_of(dsa__cu_pool pool, int32_t index_key, const void *rows, int32_t bf16, const int64_t *slots,
@@ -4069,6 +4121,7 @@ static cudaError_t dsa__cu_score_fast(const dsa__cu *g, const dsa__cu_score_call
     a.format = c->pool.format;
     a.I = I;
     a.ldi = c->stride;
+    a.lens = c->ranges.batch.n_rows == 1 ? c->ranges.batch.lens : NULL;
     a.clear = clear;
     a.n_clear = (int32_t)n_clear;
     return dsa__cu_index_launch(stream, g, a);
@@ -4113,7 +4166,7 @@ static dsa_status dsa__cu_score_launch(const dsa__cu *g, const dsa__cu_score_cal
         memset(&plan, 0, sizeof plan);
         if (!c->prepared) {
             dsa__cu_queries queries = dsa__cu_queries_of(c, row, n);
-            dsa__cu_begin_launch(&c->ranges.batch, NULL, NULL, &queries, NULL, stream);
+            dsa__cu_begin_launch(g, &c->ranges.batch, NULL, NULL, &queries, NULL, stream);
         }
         if (c->fast_select) plan = dsa__cu_topk_prepare(g, (int32_t)n, (int32_t)c->n_cols, (int32_t)c->sel.k);
         if (c->fast && c->n_cols > 0) {
@@ -4182,7 +4235,7 @@ static dsa_status dsa__cu_attend_launch(const dsa__cu *g, const dsa__cu_attend *
     const int64_t tile = dsa__cu_attend_rows(call), groups = (call->n_heads + 7) / 8, heads = call->batch.n_rows * call->n_heads;
     if (dsa__cu_attend_takes(g, call)) {
         dsa__cu_convert convert = dsa__cu_convert_of(g, call);
-        if (!call->prepared) dsa__cu_begin_launch(&call->batch, NULL, NULL, NULL, &convert, stream);
+        if (!call->prepared) dsa__cu_begin_launch(g, &call->batch, NULL, NULL, NULL, &convert, stream);
         if (dsa__cu_attend_run(g, call, parts, stream) != cudaSuccess) return DSA_ERR_DEVICE;
         if (!call->finish) dsa__cu_fold_state<<<(unsigned)heads, 128, 0, stream>>>(*call);
         return dsa__cu_launched();
@@ -4280,7 +4333,7 @@ extern "C" dsa_status dsa_cuda_append(const dsa_ctx *ctx, const dsa_cuda_append_
         "dsa_cuda_append: rows are NULL");
     dsa__cu_appends(a, &latent, &index);
     batch = dsa__cu_batch_of(&a->batch);
-    dsa__cu_begin_launch(&batch, &latent, &index, NULL, NULL, (cudaStream_t)stream);
+    dsa__cu_begin_launch(dsa__cu_of(ctx), &batch, &latent, &index, NULL, NULL, (cudaStream_t)stream);
     return dsa__cu_launched() == DSA_OK ? DSA_OK : dsa__cu_fail(ctx, DSA_ERR_DEVICE, "dsa_cuda_append: a launch was refused");
 }
 
@@ -4657,7 +4710,8 @@ extern "C" dsa_status dsa_cuda_step(const dsa_ctx *ctx, const dsa_cuda_step_args
     attend.early = attend.q_bf16;
     if (convert.n > 0) convert.to = c.q16;
     if (convert.n > 0) attend.q16 = c.q16;
-    dsa__cu_begin_launch(&score.ranges.batch, &latent, &index, score.prepared ? &queries : NULL, &convert, (cudaStream_t)stream);
+    dsa__cu_begin_launch(dsa__cu_of(ctx), &score.ranges.batch, &latent, &index, score.prepared ? &queries : NULL, &convert,
+        (cudaStream_t)stream);
     st = dsa__cu_score_launch(dsa__cu_of(ctx), &score, (cudaStream_t)stream);
     if (st == DSA_OK) st = dsa__cu_attend_launch(dsa__cu_of(ctx), &attend, parts, (cudaStream_t)stream);
     return dsa__cu_refused(ctx, st);
@@ -4743,7 +4797,7 @@ static dsa_status dsa__cu_host_append(const dsa_ctx *ctx, const dsa_cache *c, in
         if (t.err != cudaSuccess) break;
         row = dsa__cu_append_of(dsa__cu_pool_of(c, blocks ? table : NULL, blocks), c->kind == DSA_INDEX_KEY, rows, 0, slots ? to : NULL, m);
         batch = dsa__cu_one(m, DSA__CU_MAX_POS, lens);
-        dsa__cu_begin_launch(&batch, &row, NULL, NULL, NULL, g->stream);
+        dsa__cu_begin_launch(g, &batch, &row, NULL, NULL, NULL, g->stream);
         t.err = cudaGetLastError();
     }
     return dsa__cu_leave(g, t, DSA_OK);

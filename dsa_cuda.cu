@@ -2897,6 +2897,12 @@ struct dsa__cu_hopper_smem {
     static constexpr int bytes = valid + 64;
 };
 
+struct dsa__cu_one_smem {                                /* of dsa__cu_attend_one */
+    static constexpr int tile = 9 * DSA__CU_CHUNK, kv = tile, swap = 3 * tile, stats = swap + 4 * 128 * 8, coef = stats + 512,
+        end = coef + 512, bars = end + 16, valid = bars + 16, bytes = valid + 16, row = 1056;
+    /* row: bytes of 256 floats of an output of the leaf, in the place of q; 32 more, or 8 lanes would meet in a bank */
+};
+
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 static __device__ __forceinline__ void dsa__cu_bar_init(uint32_t bar, int n)
 {
@@ -3514,12 +3520,6 @@ static __global__ void __launch_bounds__(TWO ? 512 : 384, 1) dsa__cu_attend_hopp
    of the columns, 64 blocks for 128 heads, and all leaves of a half and a head group are a cluster, whose blocks fold each a few heads:
    neither partial results in global memory nor a second launch. All 16 warps widen rows, group of chunks by group, while the tensor
    cores score what came before. Each sum and each fold is the one of dsa__cu_attend_hopper and dsa__cu_attend_merge, so are the bits. */
-struct dsa__cu_one_smem {
-    static constexpr int tile = 9 * DSA__CU_CHUNK, kv = tile, swap = 3 * tile, stats = swap + 4 * 128 * 8, coef = stats + 512,
-        end = coef + 512, bars = end + 16, valid = bars + 16, bytes = valid + 16, row = 1056;
-    /* row: bytes of 256 floats of an output of the leaf, in the place of q; 32 more, or 8 lanes would meet in a bank */
-};
-
 template <int ROPE>
 static __global__ void __launch_bounds__(512, 1) dsa__cu_attend_one(const __grid_constant__ dsa__cu_attend A)
 {

@@ -42,6 +42,7 @@ help:
 	@echo 'make bench-sweep  one layer from 1K to 1M tokens, dense beside DSA: build/sweep.csv, build/sweep.png'
 	@echo 'make bench-peers  the same work by the GEMMs of oneDNN, OpenBLAS and BLIS, where they are installed'
 	@echo 'make examples     build the numbered examples'
+	@echo 'make shared       build/libdsa.so, for tools/python'
 	@echo 'make mpi          build/context_parallel_mpi, one sequence over MPI ranks (Debian: libopenmpi-dev, openmpi-bin)'
 	@echo 'make conformance  compare the library with the reference vectors'
 	@echo 'make cuda         build/dsa_cuda.o, the GPU part (nvcc on PATH or in CUDA_HOME)'
@@ -76,6 +77,11 @@ bench-peers:
 	build/bench_peers
 
 examples: $(EXAMPLES)
+
+shared: build/libdsa.so
+
+build/libdsa.so: tools/python/dsa_shared.c dsa.h build/flags
+	$(BUILD) -shared -fPIC -o $@ $< $(LIBS)
 
 mpi:
 	@mkdir -p build
@@ -126,4 +132,4 @@ build/train_dsa: examples/train_dsa.c $(TOOL_HEADERS) build/flags
 $(EXAMPLES): build/%: examples/%.c dsa.h examples/safetensors.h build/flags
 	$(BUILD) -o $@ $< $(LIBS)
 
-.PHONY: help tools demo train test check bench bench-sweep bench-peers examples mpi conformance cuda test-cuda clean always
+.PHONY: help tools demo train test check bench bench-sweep bench-peers examples mpi shared conformance cuda test-cuda clean always

@@ -190,6 +190,12 @@ mpi() {
     done
 }
 
+# The calls of FlashMLA and DeepGEMM through the shared library, against NumPy.
+peers_in_python() {
+    $CC -std=c99 -O3 $STRICT -shared -fPIC tools/python/dsa_shared.c -lm -pthread -o $OUT/libdsa.so &&
+    DSA_LIBRARY=$OUT/libdsa.so PYTHONDONTWRITEBYTECODE=1 python3 tools/python/test_peers.py
+}
+
 conformance() {
     "$@" tests/vectors/*.safetensors tests/vectors/models/*.safetensors && "$@" --model examples/tiny-dsa examples/tiny-dsa/reference.safetensors
 }
@@ -340,6 +346,11 @@ lane_1() {
         case $source in *_cuda_*) continue ;; esac               # needs a GPU: tools/gpu_check.sh
         step "example $(basename "$source" .c)" example "$(basename "$source" .c)"
     done
+    if have python3 && python3 -c 'import numpy' 2>/dev/null; then
+        step 'FlashMLA and DeepGEMM calls in Python' peers_in_python
+    else
+        echo 'skip  FlashMLA and DeepGEMM calls in Python: python3 or numpy is missing'
+    fi
     needs mpicc 'context parallelism over MPI' && needs mpirun 'context parallelism over MPI' && step 'context parallelism over MPI' mpi
     step 'README' readme
     step 'statuses of the tools' statuses

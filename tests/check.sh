@@ -313,6 +313,16 @@ trains() {
     culprit=--nonsense exits 2 $OUT/train --nonsense 1 && culprit=--out exits 2 $OUT/train && exits 0 $OUT/train --help
 }
 
+# Every test that the table of faults names is there.
+faults() {
+    build/test -l | sed 's/ *$//' > $OUT/tests.txt
+    sed -n '2,/^$/d; /^ *[0-9]\{1,2\} /p; /^SUITE/q' tests/test_faults.c | sed -E 's/.{29}//' | grep -oE '\b[a-z0-9]+(_[a-z0-9]+){2,}\b' | sort -u > $OUT/named.txt
+    [ "$(sed -n '/^ *[0-9]\{1,2\} [a-zA-Z0-9]/p' tests/test_faults.c | head -n 25 | wc -l)" = 25 ] && [ "$(wc -l < $OUT/named.txt)" -gt 40 ] || return 1
+    while read -r name; do
+        grep -q "^  $name" $OUT/tests.txt || { echo "no test is called $name"; return 1; }
+    done < $OUT/named.txt
+}
+
 sections() {
     python3 tools/sections.py dsa.h --split $OUT/split && $CC -std=c99 -O1 $STRICT -c $OUT/split/dsa.c -o $OUT/split/dsa.o
 }
@@ -355,6 +365,7 @@ lane_1() {
     step 'README' readme
     step 'statuses of the tools' statuses
     needs python3 'generate, greedy bytes' && step 'generate, greedy bytes' greedy
+    step 'tests of the 25 faults' faults
     step 'conformance' conformance build/conformance
     if [ -e /usr/include/blis.h ] || [ -e "/usr/include/$(uname -m)-linux-gnu/blis.h" ]; then
         step 'conformance with BLIS' with_blis

@@ -19,6 +19,7 @@ SUITE_EXTERN(errors_suite);
 SUITE_EXTERN(device_suite);
 SUITE_EXTERN(golden_suite);
 SUITE_EXTERN(models_suite);
+SUITE_EXTERN(faults_suite);
 
 GREATEST_MAIN_DEFS();
 
@@ -58,5 +59,6 @@ int main(int argc, char **argv)
     RUN_SUITE(device_suite);
     RUN_SUITE_PER_ISA(golden_suite);
     RUN_SUITE_PER_ISA(models_suite);
+    RUN_SUITE_PER_ISA(faults_suite);
     GREATEST_MAIN_END();
 }

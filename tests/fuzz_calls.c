@@ -594,6 +594,37 @@ static dsa_tensor tensor(int64_t rows, int64_t columns)
     return t;
 }
 
+/* The layer's backward behind a forward call that went well, on the same arguments. */
+static void layer_backward(const batch *b, dsa_layer_args a)
+{
+    const dsa_config *c = &ctx.config;
+    dsa_layer_backward_args back;
+    dsa_layer_grads grads;
+    size_t bytes;
+    int too_small;
+    dsa_status status;
+    memset(&back, 0, sizeof back);
+    memset(&grads, 0, sizeof grads);
+    back.layer = a;
+    back.layer.indices_out = NULL;
+    back.layer.indices_in = a.indices_out ? a.indices_out : a.indices_in;
+    if (fuzz_below(&in, 4)) back.d_y = floats(b->rows * c->dim_hidden);
+    if (fuzz_below(&in, 2)) back.d_x = floats(b->rows * c->dim_hidden);
+    if (fuzz_below(&in, 2)) grads.q_a = floats((int64_t)c->dim_q_lora * c->dim_hidden);
+    if (fuzz_below(&in, 2)) grads.kv_b = floats((int64_t)c->n_heads * (c->dim_nope + c->dim_v) * c->dim_latent);
+    if (fuzz_below(&in, 2)) grads.kv_a_norm = floats(c->dim_latent);
+    if (fuzz_below(&in, 2)) grads.o = floats((int64_t)c->dim_hidden * c->n_heads * c->dim_v);
+    if (fuzz_below(&in, 2)) grads.index_k = floats((int64_t)c->dim_index * c->dim_hidden);
+    if (fuzz_below(&in, 2)) grads.index_w = floats((int64_t)c->n_index_heads * c->dim_hidden);
+    back.grads = &grads;
+    back.index_weight = (float)bad(1, 4);
+    if (fuzz_below(&in, 2)) back.index_loss = (float *)get(b->rows, sizeof(float));
+    if (dsa_layer_backward_workspace(&ctx, &back, &bytes) != DSA_OK) return;
+    back.layer.workspace = workspace(bytes, &back.layer.workspace_size, &too_small);
+    status = dsa_layer_backward(&ctx, &back);
+    require_noticed(too_small, b->rows, status);
+}
+
 static void call_layer(void)
 {
     const dsa_config *c = &ctx.config;
@@ -635,6 +666,7 @@ static void call_layer(void)
     status = dsa_layer(&ctx, &a);
     require_noticed(too_small, b.rows, status);
     require_lens(&before, &b, status == DSA_OK, status == DSA_OK && w.index_k.data);
+    if (status == DSA_OK && fuzz_below(&in, 2)) layer_backward(&b, a);
 }
 
 static void call_rows(void)
@@ -676,10 +708,220 @@ static void call_sizes(void)
     if (dsa_page_bytes(kind, format, dim, dim_rope, page_size, &page) == DSA_OK) REQUIRE(page / (size_t)page_size >= row);
 }
 
+/* begin, add and finish in one. */
+static void call_attend_whole(void)
+{
+    batch b = make_batch();
+    dsa_attend_state s;
+    dsa_attend_args a;
+    size_t bytes;
+    int too_small;
+    const int32_t h = ctx.config.n_heads;
+    int64_t i;
+    float *lse;
+    dsa_status status;
+    if (!config_dims(&b)) return;
+    memset(&s, 0, sizeof s);
+    memset(&a, 0, sizeof a);
+    s.n_rows = bad(1, 16) == 1 ? b.rows : bad((int32_t)b.rows, 1);
+    s.max = (float *)get(b.rows * h, sizeof(float));
+    s.sum = (float *)get(b.rows * h, sizeof(float));
+    s.out = (float *)get(b.rows * h * ctx.config.dim_latent, sizeof(float));
+    a.n_seqs = b.n;
+    a.seqs = b.seqs;
+    a.q = floats(b.rows * h * (ctx.config.dim_latent + ctx.config.dim_rope));
+    a.what = fuzz_below(&in, 2) ? DSA_ATTEND_LIST : DSA_ATTEND_VISIBLE;
+    a.indices = make_indices(b.rows * ctx.config.top_k);
+    if (dsa_attend_workspace(&ctx, &a, &s, &bytes) != DSA_OK) return;
+    a.workspace = workspace(bytes, &a.workspace_size, &too_small);
+    lse = (float *)get(b.rows * h, sizeof(float));
+    status = dsa_attend(&ctx, &a, &s, fuzz_below(&in, 2) ? floats(h) : NULL, lse,
+                        fuzz_below(&in, 2) ? (float *)get(b.rows * h, sizeof(float)) : NULL);
+    require_noticed(too_small, b.rows, status);
+    for (i = 0; status == DSA_OK && i < b.rows * h; i++) if (s.sum[i] == 0.0f) REQUIRE(lse[i] == (float)INFINITY);
+}
+
+/* The set of a backward call, and one gradient array per sequence's rows; now and then a NULL among them, which is refused. */
+static void make_set(batch *b, dsa_attend_args *a)
+{
+    memset(a, 0, sizeof *a);
+    a->n_seqs = b->n;
+    a->seqs = b->seqs;
+    a->what = (dsa_attend_what)fuzz_below(&in, 3);
+    a->index_kind = fuzz_below(&in, 16) == 0 ? DSA_PHYSICAL : DSA_LOGICAL;
+    if (a->what == DSA_ATTEND_LIST) a->indices = make_indices(b->rows * ctx.config.top_k);
+    if (fuzz_below(&in, 4) == 0) a->counts = make_indices(b->rows);
+    if (a->what == DSA_ATTEND_RANGE) {
+        a->ks = positions(b->rows, b->longest);
+        a->ke = positions(b->rows, b->longest);
+    }
+}
+
+static int64_t seq_rows(const dsa_seq *s, const dsa_cache *c)
+{
+    return s->len > 0 ? s->len : s->len == 0 && c ? c->len : 0;
+}
+
+static float **row_gradients(const batch *b, int of_keys, int64_t width)
+{
+    float **d = (float **)get(b->n > 0 ? b->n : 0, sizeof *d);
+    int32_t i;
+    for (i = 0; i < b->n; i++) {
+        int64_t n = seq_rows(&b->seqs[i], of_keys ? b->seqs[i].index : b->seqs[i].latent);
+        d[i] = fuzz_below(&in, 32) == 0 ? NULL : (float *)get(n > 200 ? 200 : n, sizeof(float) * (size_t)width);
+        if (n > 200) longjmp(enough, 1);
+    }
+    return d;
+}
+
+static void call_attend_backward(void)
+{
+    batch b = make_batch();
+    dsa_attend_backward_args a;
+    size_t bytes;
+    int too_small;
+    const int64_t h = ctx.config.n_heads, R = ctx.config.dim_latent, width = R + ctx.config.dim_rope;
+    int64_t n_target;
+    dsa_status status;
+    if (!config_dims(&b)) return;
+    memset(&a, 0, sizeof a);
+    make_set(&b, &a.attend);
+    a.attend.q = floats(b.rows * h * width);
+    a.attend.scale = (float)bad(0, 4);
+    a.out = floats(b.rows * h * R);
+    a.lse = floats(b.rows * h);
+    if (fuzz_below(&in, 2)) a.sinks = floats(h);
+    if (fuzz_below(&in, 8)) a.d_out = floats(b.rows * h * R);
+    if (fuzz_below(&in, 4)) a.d_q = floats(b.rows * h * width);
+    if (fuzz_below(&in, 4)) a.d_latent = row_gradients(&b, 0, width);
+    if (fuzz_below(&in, 4)) a.d_sinks = floats(h);
+    n_target = a.attend.what == DSA_ATTEND_LIST ? ctx.config.top_k : 200;
+    if (fuzz_below(&in, 2)) {
+        a.target_stride = bad((int32_t)n_target, 8);
+        if (a.target_stride > 1000) a.target_stride = 1000;
+        a.target = floats(b.rows * (a.target_stride > 0 ? a.target_stride : 0));
+    }
+    if (dsa_attend_backward_workspace(&ctx, &a, &bytes) != DSA_OK) return;
+    a.attend.workspace = workspace(bytes, &a.attend.workspace_size, &too_small);
+    status = dsa_attend_backward(&ctx, &a);
+    require_noticed(too_small, b.rows, status);
+}
+
+static void call_index_backward(void)
+{
+    batch b = make_batch();
+    dsa_index_backward_args a;
+    size_t bytes;
+    int too_small;
+    const int64_t hi = ctx.config.n_index_heads, D = ctx.config.dim_index;
+    float *g;
+    dsa_status status;
+    if (!config_dims(&b)) return;
+    memset(&a, 0, sizeof a);
+    make_set(&b, &a.set);
+    a.q = floats(b.rows * hi * D);
+    a.w = floats(b.rows * hi);
+    a.stride = bad(a.set.what == DSA_ATTEND_LIST ? ctx.config.top_k : 200, 8);
+    if (a.stride > 1000) a.stride = 1000;
+    g = floats(b.rows * (a.stride > 0 ? a.stride : 0));
+    if (fuzz_below(&in, 2)) a.d_scores = g; else a.target = g;
+    a.weight = (float)bad(1, 8);
+    if (fuzz_below(&in, 2)) a.loss = (float *)get(b.rows, sizeof(float));
+    if (fuzz_below(&in, 4)) a.d_q = floats(b.rows * hi * D);
+    if (fuzz_below(&in, 4)) a.d_w = floats(b.rows * hi);
+    if (fuzz_below(&in, 4)) a.d_key = row_gradients(&b, 1, D);
+    if (dsa_index_backward_workspace(&ctx, &a, &bytes) != DSA_OK) return;
+    a.set.workspace = workspace(bytes, &a.set.workspace_size, &too_small);
+    status = dsa_index_backward(&ctx, &a);
+    require_noticed(too_small, b.rows, status);
+}
+
+static void call_linear(void)
+{
+    dsa_linear_args a;
+    size_t bytes;
+    int too_small;
+    int64_t rows, in_, out_;
+    dsa_status status;
+    memset(&a, 0, sizeof a);
+    a.n_rows = bad(fuzz_below(&in, 40), 16);
+    a.dim_in = bad(1 + fuzz_below(&in, 200), 16);
+    a.dim_out = bad(1 + fuzz_below(&in, 200), 16);
+    rows = a.n_rows > 0 ? a.n_rows : 0;
+    in_ = a.dim_in > 0 ? a.dim_in : 0;
+    out_ = a.dim_out > 0 ? a.dim_out : 0;
+    if (rows > 4096 || in_ > 4096 || out_ > 4096) {
+        (void)dsa_linear_workspace(&ctx, &a, &bytes);
+        return;
+    }
+    a.w = tensor(out_, in_);
+    a.x = floats(rows * in_);
+    a.y = (float *)get(rows * out_, sizeof(float));
+    a.d_y = floats(rows * out_);
+    if (fuzz_below(&in, 4)) a.d_x = floats(rows * in_);
+    if (fuzz_below(&in, 4)) a.d_w = floats(out_ * in_);
+    if (dsa_linear_workspace(&ctx, &a, &bytes) != DSA_OK) return;
+    a.workspace = workspace(bytes, &a.workspace_size, &too_small);
+    status = dsa_linear(&ctx, &a);
+    require_noticed(too_small, rows, status);
+    status = dsa_linear_backward(&ctx, &a);
+    require_noticed(too_small, rows, status);
+}
+
+static void call_norms_backward(void)
+{
+    int64_t rows = fuzz_below(&in, 4), stride;
+    int32_t dim = bad(8, 8);
+    float *x, *dy, *gain;
+    if (dim > 64) return;
+    stride = (dim > 0 ? dim : 0) + fuzz_below(&in, 3);
+    x = floats(rows * stride);
+    dy = floats(rows * stride);
+    gain = floats(stride);
+    (void)dsa_rms_norm_backward(x, dy, rows, stride, dim, gain, 1e-6f, floats(rows * stride), fuzz_below(&in, 2) ? floats(stride) : NULL);
+    (void)dsa_layer_norm_backward(x, dy, rows, stride, dim, gain, 1e-6f, floats(rows * stride), fuzz_below(&in, 2) ? floats(stride) : NULL,
+                                  fuzz_below(&in, 2) ? floats(stride) : NULL);
+}
+
+/* Every bit pattern of the number formats, and the calls that only look things up. */
+static void call_numbers(void)
+{
+    uint32_t bits = fuzz_random(&bulk);
+    float x, scale;
+    double f[32];
+    dsa_rope rope;
+    dsa_config c;
+    dsa_pool *pool = NULL;
+    memcpy(&x, &bits, 4);
+    if (x == x) {
+        REQUIRE(dsa_f32_to_bf16(dsa_bf16_to_f32(dsa_f32_to_bf16(x))) == dsa_f32_to_bf16(x));
+        REQUIRE(dsa_f32_to_f16(dsa_f16_to_f32(dsa_f32_to_f16(x))) == dsa_f32_to_f16(x));
+        REQUIRE(dsa_f32_to_e4m3(dsa_e4m3_to_f32(dsa_f32_to_e4m3(x))) == dsa_f32_to_e4m3(x));
+    }
+    if (x > 0 && x <= 1e38f) {
+        scale = dsa_pow2_ceil(x);
+        REQUIRE(scale >= x && scale / 2 <= x);
+        REQUIRE(dsa_ue8m0_to_f32(dsa_f32_to_ue8m0_ceil(x)) >= x);
+    }
+    memset(&rope, 0, sizeof rope);
+    rope.width = 2 * fuzz_below(&in, 32);
+    rope.theta = bad(10000, 4);
+    rope.factor = bad(4, 4);
+    rope.original_context = bad(4096, 4);
+    rope.beta_fast = bad(32, 4);
+    rope.beta_slow = bad(1, 4);
+    (void)dsa_rope_frequencies(&rope, f);
+    (void)dsa_config_preset((dsa_preset)(bad(1, 2) & 7), &c);
+    (void)dsa_layer_has_indexer(bad(4, 2), bad(3, 2), bad(7, 2));
+    REQUIRE(dsa_status_text((dsa_status)bad(3, 2)) != NULL && dsa_isa_name((dsa_isa)bad(1, 2)) != NULL);
+    if (dsa_pool_create(NULL, fuzz_below(&in, 64) == 0 ? 2 : bad(0, 1) < 4096 ? 0 : 5000, &pool) == DSA_OK) dsa_pool_destroy(pool);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static void (*const calls[])(void) = { call_append, call_append, call_edit, call_score, call_score_select, call_select,
-        call_merge_topk, call_attend, call_step, call_step, call_layer, call_rows, call_sizes };
+        call_merge_topk, call_attend, call_step, call_step, call_layer, call_rows, call_sizes,
+        call_attend_whole, call_attend_backward, call_index_backward, call_linear, call_norms_backward, call_numbers };
     static int n;
     in.p = data;
     in.n = size;

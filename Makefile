@@ -25,7 +25,7 @@ CUDA_CFLAGS_1 = -DDSA_CUDA -isystem $(CUDA_ROOT)/include
 CUDA_LIBS_1 = $(CUDA_LINK)
 
 BUILD = $(CC) $(CFLAGS) $(WARN)
-TOOLS = build/conformance build/generate build/needle build/demo build/bench build/quality
+TOOLS = build/conformance build/generate build/needle build/demo build/bench build/quality build/heatmap
 EXAMPLES = build/01_quick_start build/02_paged_attention build/03_decode_step build/04_layer build/05_sharded_attention
 TEST_OBJECTS = build/impl.o build/main.o $(patsubst tests/%.c,build/%.o,$(filter-out %/test_cuda.c,$(sort $(wildcard tests/test_*.c))))
 TEST_HEADERS = dsa.h tests/harness.h tests/brute.h tests/fixture.h tests/ref_layer.h examples/safetensors.h
@@ -33,7 +33,7 @@ TOOL_HEADERS = dsa.h tools/engine.h tools/needle.h tools/blis.h tools/conformanc
 	tools/conformance_layers.h tools/conformance_report.h tools/bench.h tools/bench_data.h tools/device.h tools/bench_cuda.h examples/safetensors.h
 
 help:
-	@echo 'make tools        build/conformance build/generate build/needle build/demo build/bench build/quality'
+	@echo 'make tools        build/conformance build/generate build/needle build/demo build/bench build/quality build/heatmap'
 	@echo 'make demo         a trained model finds facts in a long text (under 3 minutes)'
 	@echo 'make train        train a small DSA model from nothing (about 15 minutes): build/recall'
 	@echo 'make test         build and run the test suite (under 5 minutes)'

@@ -237,10 +237,20 @@ exits() {
     [ "$want" != 2 ] || grep -q -- "$culprit" $OUT/stderr || { echo "no '$culprit' on standard error: $*"; return 1; }
 }
 
+# Every query selects min(k, what it sees): 200 queries with k = 64 make 10784 a layer, no token more often than queries see it. The files
+# are well formed.
+heatmap() {
+    build/heatmap examples/tiny-dsa --text examples/kjv-heldout.txt --context 200 --svg $OUT/map.svg --html $OUT/map.html --counts \
+        > $OUT/counts.csv &&
+    awk -F, 'NR > 1 { sum[$1] += $5; if ($5 > $4) bad = 1; n++ } END { for (l in sum) if (sum[l] != 10784) bad = 1; exit bad || n != 800 }' \
+        $OUT/counts.csv && build/heatmap examples/tiny-dsa --prompt 'In the beginning' --layer 2 | grep -q 'layer 2' &&
+    grep -q '<svg' $OUT/map.html && python3 -c "import xml.dom.minidom; xml.dom.minidom.parse('$OUT/map.svg')"
+}
+
 # Statuses of the tools, and what they say of broken files. tests/fuzz_loader.c has the hostile ones.
 statuses() {
     rm -rf $OUT/model && mkdir -p $OUT/model && cp examples/tiny-dsa/config.json $OUT/model
-    for tool in conformance generate needle demo quality; do
+    for tool in conformance generate needle demo quality heatmap; do
         exits 0 build/$tool --help && culprit=--nonsense exits 2 build/$tool --nonsense 1 || return 1
         ! build/$tool --help >/dev/full 2>/dev/null || { echo "$tool does not notice that its output is lost"; return 1; }
     done
@@ -364,6 +374,7 @@ lane_1() {
     needs mpicc 'context parallelism over MPI' && needs mpirun 'context parallelism over MPI' && step 'context parallelism over MPI' mpi
     step 'README' readme
     step 'statuses of the tools' statuses
+    needs python3 'heatmap' && step 'heatmap' heatmap
     needs python3 'generate, greedy bytes' && step 'generate, greedy bytes' greedy
     step 'tests of the 25 faults' faults
     step 'conformance' conformance build/conformance
@@ -376,10 +387,12 @@ lane_1() {
             clang -x c -fsanitize=fuzzer - -o $OUT/probe 2>/dev/null; then
         step 'fuzz the loader' fuzzed fuzz_loader tests/corpus/loader
         step 'fuzz the calls' fuzzed fuzz_calls tests/corpus/calls
+        step 'fuzz the models' fuzzed fuzz_model tests/corpus/model
     else
         echo 'skip  libFuzzer: clang or its runtime is missing; the targets run as plain programs'
         step 'fuzz the loader, plainly' fuzzed_plainly fuzz_loader tests/corpus/loader
         step 'fuzz the calls, plainly' fuzzed_plainly fuzz_calls tests/corpus/calls
+        step 'fuzz the models, plainly' fuzzed_plainly fuzz_model tests/corpus/model
     fi
 }
 

@@ -43,6 +43,7 @@ help:
 	@echo 'make bench-peers  the same work by the GEMMs of oneDNN, OpenBLAS and BLIS, where they are installed'
 	@echo 'make examples     build the numbered examples'
 	@echo 'make shared       build/libdsa.so, for tools/python'
+	@echo 'make engine-ggml  build/engine_ggml, dsa.h as an operation of ggml (fetched from PyPI into build/ggml)'
 	@echo 'make mpi          build/context_parallel_mpi, one sequence over MPI ranks (Debian: libopenmpi-dev, openmpi-bin)'
 	@echo 'make conformance  compare the library with the reference vectors'
 	@echo 'make cuda         build/dsa_cuda.o, the GPU part (nvcc on PATH or in CUDA_HOME)'
@@ -82,6 +83,13 @@ shared: build/libdsa.so
 
 build/libdsa.so: tools/python/dsa_shared.c dsa.h build/flags
 	$(BUILD) -shared -fPIC -o $@ $< $(LIBS)
+
+# ggml's headers and libraries from the package libggml-python, whose version is the one that the example was written for.
+engine-ggml:
+	@mkdir -p build
+	[ -d build/ggml/libggml ] || python3 -m pip install -q --no-deps --target build/ggml libggml-python==0.20.2.post1
+	$(BUILD) -isystem build/ggml/libggml/include -o build/engine_ggml examples/engine_ggml.c \
+		-Lbuild/ggml/libggml/lib64 -lggml -lggml-cpu -lggml-base -Wl,-rpath,'$$ORIGIN/ggml/libggml/lib64' $(LIBS)
 
 mpi:
 	@mkdir -p build
@@ -132,4 +140,4 @@ build/train_dsa: examples/train_dsa.c $(TOOL_HEADERS) build/flags
 $(EXAMPLES): build/%: examples/%.c dsa.h examples/safetensors.h build/flags
 	$(BUILD) -o $@ $< $(LIBS)
 
-.PHONY: help tools demo train test check bench bench-sweep bench-peers examples mpi shared conformance cuda test-cuda clean always
+.PHONY: help tools demo train test check bench bench-sweep bench-peers examples mpi shared engine-ggml conformance cuda test-cuda clean always

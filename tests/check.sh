@@ -196,6 +196,11 @@ peers_in_python() {
     DSA_LIBRARY=$OUT/libdsa.so PYTHONDONTWRITEBYTECODE=1 python3 tools/python/test_peers.py
 }
 
+# dsa.h as an operation of ggml, against ggml's own attention.
+in_ggml() {
+    make engine-ggml CC="$CC" && build/engine_ggml
+}
+
 conformance() {
     "$@" tests/vectors/*.safetensors tests/vectors/models/*.safetensors && "$@" --model examples/tiny-dsa examples/tiny-dsa/reference.safetensors
 }
@@ -370,6 +375,11 @@ lane_1() {
         step 'FlashMLA and DeepGEMM calls in Python' peers_in_python
     else
         echo 'skip  FlashMLA and DeepGEMM calls in Python: python3 or numpy is missing'
+    fi
+    if [ -d build/ggml/libggml ]; then
+        step 'inside ggml' in_ggml
+    else
+        echo 'skip  inside ggml: build/ggml is missing (make engine-ggml fetches it)'
     fi
     needs mpicc 'context parallelism over MPI' && needs mpirun 'context parallelism over MPI' && step 'context parallelism over MPI' mpi
     step 'README' readme

@@ -252,6 +252,15 @@ heatmap() {
     grep -q '<svg' $OUT/map.html && python3 -c "import xml.dom.minidom; xml.dom.minidom.parse('$OUT/map.svg')"
 }
 
+# The cost model has the shape of the published curves; its CSV is one that plot.py reads, and that it can be compared with: itself, ratio 1.
+costs() {
+    python3 tools/cost.py --check && python3 tools/cost.py --config glm-5 --price 16 > /dev/null &&
+    python3 tools/cost.py --layer --config tiny --hardware 'test,0.2,30' --chunk 32 --csv $OUT/cost.csv > /dev/null &&
+    python3 tools/plot.py $OUT/cost.csv $OUT/cost.png && python3 tools/cost.py --layer --config tiny --hardware 'test,0.2,30' \
+        --measured $OUT/cost.csv | awk 'NR > 1 { n++; if ($7 != "1.00") bad = 1 } END { exit bad || n != 32 }' || return 1
+    culprit=nonsense exits 2 python3 tools/cost.py --config nonsense
+}
+
 # Statuses of the tools, and what they say of broken files. tests/fuzz_loader.c has the hostile ones.
 statuses() {
     rm -rf $OUT/model && mkdir -p $OUT/model && cp examples/tiny-dsa/config.json $OUT/model
@@ -384,6 +393,7 @@ lane_1() {
     needs mpicc 'context parallelism over MPI' && needs mpirun 'context parallelism over MPI' && step 'context parallelism over MPI' mpi
     step 'README' readme
     step 'statuses of the tools' statuses
+    needs python3 'costs' && step 'costs' costs
     needs python3 'heatmap' && step 'heatmap' heatmap
     needs python3 'generate, greedy bytes' && step 'generate, greedy bytes' greedy
     step 'tests of the 25 faults' faults

@@ -97,7 +97,8 @@ def deepgemm(folder, cases):
     for name in ('synchronize', 'reset_peak_memory_stats'):
         setattr(torch.cuda, name, lambda *args: None)
     space = {'__name__': 'peer'}
-    shorter = (('for seq_len in (2048, 8192)', 'for seq_len in (32, 128)'), ('for seq_len_kv in (8192, 65536)', 'for seq_len_kv in (128, 1024)'),
+    shorter = (('for seq_len in (2048, 8192)', 'for seq_len in (32, 128)'),
+               ('for seq_len_kv in (8192, 65536)', 'for seq_len_kv in (128, 1024)'),
                ('for avg_kv in (8192, 65536)', 'for avg_kv in (128, 1024)'), ('for batch_size in (256, 4096)', 'for batch_size in (4, 16)'),
                ('for _ in range(20)', 'for _ in range(2)'))
     exec(source(os.path.join(folder, 'tests', 'test_attention.py'), *shorter), space)

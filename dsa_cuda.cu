@@ -2169,11 +2169,12 @@ static __device__ __forceinline__ dsa__cu_entries dsa__cu_entries_of(const dsa__
     return e;
 }
 
-/* *from where `on`, else `otherwise`. Predicated, not branched around: behind a branch the compiler copies the result, so waits. */
+/* *from where `on`, else `otherwise`. Predicated, not branched around: behind a branch the compiler copies the result, so waits. Volatile:
+   never before dsa__cu_wait_launch, since the launch ahead writes lists. */
 static __device__ __forceinline__ int32_t dsa__cu_load4(const int32_t *from, int on, int32_t otherwise)
 {
     int32_t v;
-    asm("{ .reg .pred p; setp.ne.b32 p, %2, 0; mov.b32 %0, %3; @p ld.global.nc.b32 %0, [%1]; }" : "=&r"(v) : "l"(from), "r"(on),
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; mov.b32 %0, %3; @p ld.global.nc.b32 %0, [%1]; }" : "=&r"(v) : "l"(from), "r"(on),
         "r"(otherwise));
     return v;
 }

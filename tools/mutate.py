@@ -27,17 +27,20 @@ PREFIX = []
 EXPLAINED = os.path.join(ROOT, 'tests', 'mutants.txt')
 
 # The sections of plain C, and the suites that can see their faults, the quickest to see them first.
-ALL = ['attend', 'cache', 'errors', 'numeric', 'step', 'layer', 'score', 'random', 'threads', 'faults', 'backward', 'select', 'golden']
+ALL = ['attend', 'cache', 'errors', 'numeric', 'step', 'layer', 'score', 'random', 'threads', 'faults', 'matmul', 'shards', 'pages',
+       'device', 'models', 'backward', 'select', 'golden']
 SECTIONS = {
     'platform': ALL, 'kernels': ALL, 'numeric': ['numeric'] + ALL,
     'ref': ['attend', 'score', 'faults', 'backward', 'layer', 'random', 'golden'],
     'topk': ['select', 'score', 'faults', 'step', 'threads', 'random', 'golden'], 'threads': ['threads', 'errors'],
     'config': ['numeric', 'errors', 'faults', 'cache', 'layer', 'attend', 'random', 'score', 'golden'],
-    'cache': ['cache', 'errors', 'faults', 'attend', 'step', 'layer', 'random', 'score', 'golden'],
+    'cache': ['cache', 'errors', 'faults', 'models', 'attend', 'step', 'layer', 'random', 'score', 'golden'],
     'validate': ['errors', 'cache', 'faults', 'attend', 'step', 'layer', 'score'],
-    'append': ['cache', 'errors', 'faults', 'step', 'layer', 'random'],
-    'score': ['score', 'errors', 'faults', 'step', 'threads', 'layer', 'random', 'select', 'golden'],
-    'attend': ['attend', 'errors', 'faults', 'step', 'threads', 'layer', 'random', 'backward', 'golden'],
+    'append': ['cache', 'errors', 'faults', 'models', 'step', 'layer', 'random'],
+    'score': ['score', 'errors', 'faults', 'models', 'step', 'threads', 'layer', 'random', 'select', 'golden'],
+    'attend': ['attend', 'errors', 'faults', 'models', 'step', 'threads', 'layer', 'random', 'backward', 'golden'],
+    'matmul': ['matmul', 'layer', 'faults', 'golden'], 'compress': ['models', 'errors', 'faults'],
+    'shards': ['shards', 'errors'], 'pages': ['pages', 'errors'],
     'step': ['step', 'errors', 'faults', 'threads', 'random'], 'layer': ['layer', 'errors', 'faults', 'threads', 'golden'],
     'backward': ['backward', 'errors', 'faults'], 'layer_backward': ['backward', 'errors', 'faults'],
 }

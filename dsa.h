@@ -8801,6 +8801,7 @@ static dsa_status dsa__index_back_plan(const dsa_ctx *ctx, int64_t n_columns, ds
     memset(c, 0, sizeof *c);
     c->ctx = ctx;
     c->HI = f->n_index_heads;
+    if (c->HI < 1) return dsa__fail(ctx, DSA_ERR_SHAPE, "dsa_index_backward: the config has no n_index_heads");
     c->wide = dsa__eights(c->HI);
     c->D = f->dim_index;
     c->n_columns = n_columns;
@@ -9087,7 +9088,7 @@ static dsa_status dsa__layer_back_plan(const dsa_ctx *ctx, const dsa_layer_backw
     c->target   = (float *)dsa__take(arena, c->wants_index ? n : 0, c->target_stride, sizeof(float));
     c->mm       = (float *)dsa__take(arena, f->n_threads, DSA__MM_SCRATCH, sizeof(float));
     st = dsa__attend_back_plan(ctx, arena, &c->attend);
-    if (st == DSA_OK) st = dsa__index_back_plan(ctx, c->n_columns, arena, &c->index);
+    if (st == DSA_OK && c->has_indexer) st = dsa__index_back_plan(ctx, c->n_columns, arena, &c->index);
     if (st != DSA_OK) return st;
     return arena->overflow ? dsa__fail(ctx, DSA_ERR_OVERFLOW, "dsa_layer_backward: the workspace does not fit in size_t") : DSA_OK;
 }

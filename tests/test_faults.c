@@ -429,6 +429,16 @@ TEST small_backward_calls(void)
     OK(dsa_linear_workspace(&ctx, &a, &a.workspace_size));
     a.workspace = work(&b, a.workspace_size);
     IS(DSA_ERR_NULL, dsa_linear(&ctx, &a));                               /* no weight */
+    dsa_config c;
+    dsa_index_backward_args back;
+    size_t bytes;
+    memset(&c, 0, sizeof c);
+    memset(&back, 0, sizeof back);
+    c.n_index_heads = DSA_NONE;                                           /* heads of a call of dsa_score only: nothing to differentiate */
+    back.d_scores = &x;
+    back.set.what = DSA_ATTEND_VISIBLE;
+    OK(dsa_init(&ctx, &c));
+    IS(DSA_ERR_SHAPE, dsa_index_backward_workspace(&ctx, &back, &bytes));
     END(b);
 }
 

@@ -820,9 +820,9 @@ typedef struct dsa_append_args {
                                     given or n_q is DSA_NONE: ERR_ARGUMENT */
     const float *latent;         /* [rows, R + r]  normalised c, then rotated k_pe; NULL = no latent cache is written */
     const float *index_key;      /* [rows, D]      normalised and rotated k_I, before Hadamard; NULL likewise */
-    const float *value;          /* [rows, n_kv, dim_value]; NULL likewise */
     const int64_t *slots;        /* optional [rows], for all caches: write to these physical slots instead, in [0, n_pages page_size),
                                     -1 = skip, else ERR_TABLE; len stays as it is */
+    const float *value;          /* [rows, n_kv, dim_value]; NULL likewise */
 } dsa_append_args;
 /* All or nothing: capacity, tables and slots of every sequence are checked before the first byte is written. Needs no workspace, runs
    on the caller's thread. ERR_CAPACITY, ERR_TABLE, ERR_FORMAT, ERR_ARGUMENT, ERR_NULL and what dsa_cache_check gives. */
@@ -952,7 +952,6 @@ typedef struct dsa_attend_args {
     int32_t n_seqs;
     const dsa_seq *seqs;         /* latent caches: one format and one set of dims */
     const float *q;              /* [rows, n_heads, R + r]  [q_lat | q_pe] */
-    int32_t n_lists;             /* lists per row, each for its n_heads / n_lists query heads; 0 = the config's index_groups */
     float scale;                 /* softmax scale, any finite value; 0 = the config's */
     dsa_attend_what what;
     dsa_index_kind index_kind;
@@ -964,6 +963,7 @@ typedef struct dsa_attend_args {
     const int64_t *ks, *ke;      /* RANGE: [rows] */
     void *workspace;
     size_t workspace_size;
+    int32_t n_lists;             /* lists per row, each for its n_heads / n_lists query heads; 0 = the config's index_groups */
 } dsa_attend_args;
 
 DSA_API dsa_status dsa_attend_begin(const dsa_ctx *ctx, const dsa_attend_state *state);

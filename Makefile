@@ -39,6 +39,7 @@ help:
 	@echo 'make test         build and run the test suite (under 5 minutes)'
 	@echo 'make check        compile matrix, sanitizers, qemu, fuzzing, examples, conformance (about 8 minutes)'
 	@echo 'make bench        time the library beside what this machine can do (2 minutes)'
+	@echo 'make bench-backward  each backward call beside its forward, 20 seconds'
 	@echo 'make bench-sweep  one layer from 1K to 1M tokens, dense beside DSA: build/sweep.csv, build/sweep.png'
 	@echo 'make bench-peers  the same work by the GEMMs of oneDNN, OpenBLAS and BLIS, where they are installed'
 	@echo 'make examples     build the numbered examples'
@@ -68,6 +69,9 @@ check: build/test $(TOOLS)
 
 bench: build/bench
 	build/bench
+
+bench-backward: build/bench_backward
+	build/bench_backward
 
 bench-sweep: build/bench
 	build/bench --sweep build/sweep.csv
@@ -134,10 +138,13 @@ $(TEST_OBJECTS): build/%.o: tests/%.c $(TEST_HEADERS) build/flags
 $(TOOLS): build/%: tools/%.c $(TOOL_HEADERS) build/flags $(CUDA_OBJECT_$(CUDA))
 	$(BUILD) $(BLIS_CFLAGS) $(CUDA_CFLAGS_$(CUDA)) -DDSA_BUILD='"$(BUILD)"' -o $@ $< $(BLIS_LIBS) $(CUDA_LIBS_$(CUDA)) $(LIBS)
 
+build/bench_backward: tools/bench_backward.c dsa.h build/flags
+	$(BUILD) -o $@ $< $(LIBS)
+
 build/train_dsa: examples/train_dsa.c $(TOOL_HEADERS) build/flags
 	$(BUILD) -o $@ $< $(LIBS)
 
 $(EXAMPLES): build/%: examples/%.c dsa.h examples/safetensors.h build/flags
 	$(BUILD) -o $@ $< $(LIBS)
 
-.PHONY: help tools demo train test check bench bench-sweep bench-peers examples mpi shared engine-ggml conformance cuda test-cuda clean always
+.PHONY: help tools demo train test check bench bench-backward bench-sweep bench-peers examples mpi shared engine-ggml conformance cuda test-cuda clean always

@@ -3718,10 +3718,15 @@ static __global__ void __launch_bounds__(512, 1) dsa__cu_attend_one(const __grid
         dsa__cu_bar(1, 256);
         if (tid < 64) {
             dsa__cu_receive(stat_bar, 0);                                   /* all have scored */
-            /* everybody begins with another block */
+            /* Everybody begins with another block. What a block keeps goes by small stores: a bulk copy to oneself is sound, but
+               compute-sanitizer takes it for a write beyond the cluster. */
             const uint32_t rank = ((uint32_t)tid / 4 + leaf) % 16, r = 4 * rank + tid % 4;
-            const uint32_t at = kv + (leaf >> 3) * S::tile + (1 - half) * 4 * DSA__CU_CHUNK + (leaf & 7) * 4096 + tid % 4 * 1024;
-            dsa__cu_peer_copy(dsa__cu_peer(at, rank), base + r * S::row, 1024, dsa__cu_peer(x_bar, rank));
+            const uint32_t at = kv + (leaf >> 3) * S::tile + (1 - half) * 4 * DSA__CU_CHUNK + (leaf & 7) * 4096;
+            if (tid >= 4) dsa__cu_peer_copy(dsa__cu_peer(at + tid % 4 * 1024, rank), base + r * S::row, 1024, dsa__cu_peer(x_bar, rank));
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                dsa__cu_send16(dsa__cu_peer(at + j * 1024 + tid * 16, leaf), dsa__cu_read16(base + (4 * leaf + j) * S::row + tid * 16),
+                    dsa__cu_peer(x_bar, leaf));
         }
     } else {                                             /* warps 8 .. 11: how the leaves of a head are folded */
         const int h = (tid >> 5) & 3, head = group * 64 + 4 * leaf + h;

@@ -69,7 +69,7 @@ for path in $paths; do
     step "needle, $path" needles "$path"
     if command -v compute-sanitizer >/dev/null; then
         step "memcheck, $path" sanitized memcheck "$path" device_scores_v32_fp8 device_attends_v32_fp8 device_attends_r0_fp8 device_steps_glm \
-            device_steps_tiny_fp8 device_holes_v32_bf16 steps_odd
+            device_steps_tiny_fp8 device_holes_v32_bf16 device_rows_of_many device_selects steps_odd
         # few launches: racecheck takes some thousand times as long
         step "racecheck, $path" sanitized racecheck "$path" device_rows_alone_tiny_fp8 device_rows_alone_v32_fp8 device_rows_alone_v32_bf16 \
             device_rows_alone_r0_fp8

@@ -195,8 +195,10 @@ static inline void brute_attend(int32_t heads, int32_t dim_v, int32_t dim_rest, 
 
 /* ---- the ISAs a test runs on: every one that this build and this CPU have ------------------------------------ */
 enum { BRUTE_ISAS = 5 };
+/* The ISAs that this CPU has; DSA_TEST_ISA=neon in the environment: only that one, to save time where the others are tested elsewhere. */
 static inline int brute_isas(dsa_isa *isas)                      /* [BRUTE_ISAS]; returns how many */
 {
+    const char *only = getenv("DSA_TEST_ISA");
     static const dsa_isa all[] = { DSA_ISA_SCALAR, DSA_ISA_AVX2, DSA_ISA_AVX512_BASE, DSA_ISA_AVX512, DSA_ISA_NEON };
     int n = 0;
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
@@ -204,6 +206,7 @@ static inline int brute_isas(dsa_isa *isas)                      /* [BRUTE_ISAS]
         dsa_ctx ctx;
         memset(&config, 0, sizeof config);
         config.isa = all[i];
+        if (only && strcmp(only, dsa_isa_name(all[i])) != 0) continue;
         if (dsa_init(&ctx, &config) != DSA_ERR_UNSUPPORTED) isas[n++] = all[i];
     }
     return n;

@@ -867,7 +867,7 @@ TEST isa_is_what_was_forced(void)
     dsa_ctx ctx;
     memset(&config, 0, sizeof config);
     ASSERT(n >= 1);
-    ASSERT_EQ(DSA_ISA_SCALAR, isas[0]);
+    ASSERT(getenv("DSA_TEST_ISA") || isas[0] == DSA_ISA_SCALAR);
     ASSERT_EQ(DSA_OK, dsa_init(&ctx, &config));
     for (int i = 0; i < n; i++) found += dsa_query_isa(&ctx) == isas[i];
     ASSERT_EQ_FMT(1, found, "%d");                                  /* AUTO resolves to one of them */

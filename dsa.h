@@ -312,6 +312,7 @@
      Sinks     Enter finish, merge, dsa_attend and step only, never lse. -inf changes nothing, +inf gives out 0.
      Errors    A call that returns an error has changed nothing but `detail`. Append checks capacity, tables and slots of the whole
                batch before the first byte. One format, dims and Hadamard flag per call. NaN and inf in data are no errors.
+               Only DSA_ERR_DEVICE comes in the middle of work: rows may have been appended (the caches' len says which), outputs begun.
      Memory    Outputs overlap neither inputs, workspace nor one another. Exception: out of finish and partial may be state.out.
                Caches, weights and workspaces may have any alignment; all other arrays that of their type.
      Beside an appender: rows below len never change, so other threads may score, attend and step (without append) while one
@@ -10123,7 +10124,7 @@ DSA_API dsa_status dsa_pages_check(const dsa_ctx *ctx, dsa_pages *p)
    >>revisions                                what changed, and the licence
    ============================================================================================
    0.1.0  First version. Append, score, select, attend, step, layer and their backward passes on the CPU; f32, bf16, FP8 and int8
-          caches. Shards. Pages shared by sequences.
+          caches. The parameters of other models, entries of several tokens. Shards. Pages shared by sequences. CUDA in dsa_cuda.cu.
 */
 
 /*

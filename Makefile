@@ -35,7 +35,7 @@ TOOL_HEADERS = dsa.h tools/engine.h tools/needle.h tools/blis.h tools/conformanc
 help:
 	@echo 'make tools        build/conformance build/generate build/needle build/demo build/bench build/quality build/heatmap'
 	@echo 'make demo         a trained model finds facts in a long text (under 3 minutes)'
-	@echo 'make train        train a small DSA model from nothing (about 15 minutes): build/recall'
+	@echo 'make train        train a small DSA model from nothing (2 to 10 minutes): build/recall'
 	@echo 'make test         build and run the test suite (under 5 minutes)'
 	@echo 'make check        compile matrix, sanitizers, qemu, fuzzing, examples, conformance (about 8 minutes)'
 	@echo 'make bench        time the library beside what this machine can do (2 minutes)'
